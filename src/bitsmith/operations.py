@@ -1,0 +1,286 @@
+"""The operations that can be sites: their names, their arguments, and what they cost.
+
+An :class:`Operation` says which torch functions compute it, which of its canonical arguments are tensors that carry
+data (*operands*), and how many multiply-accumulates one call takes. Everything that is not in this table computes as
+before and is not a site.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Role = Literal["integer", "float", "composite"]
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One row of the table.
+
+    ``role``: ``integer`` (a technique may compute it another way), ``float`` (visible, its time counts, never
+    quantized) or ``composite`` (made of other operations: see ``bitsmith.model.decompose``).
+    ``signature``: canonical argument names, in order; ``operands``: those that are activations or weights;
+    ``compute``: the function of the canonical arguments.
+    """
+
+    kind: str
+    compute: Callable[..., Any]
+    functions: tuple[Callable[..., Any], ...]
+    signature: tuple[str, ...]
+    operands: tuple[str, ...]
+    role: Role = "integer"
+    inplace: frozenset[Callable[..., Any]] = frozenset()
+    macs: Callable[[Sequence[Shape], Sequence[Shape]], int] = lambda inputs, outputs: 0
+    variadic: bool = False  # the first argument is a list of operands (cat)
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The call's arguments under their canonical names, in canonical order; only what the caller gave."""
+        bound = dict(zip(self.signature, args, strict=False))
+        if len(args) > len(self.signature):
+            bound[self.signature[-1]] = args[len(self.signature) - 1 :]
+        for name, value in kwargs.items():
+            bound[_SYNONYMS.get(name, name)] = value
+        if self.kind in _SIZES and self.signature[1] in bound and len(args) > 2:
+            bound[self.signature[1]] = args[1:]
+        return bound
+
+
+def _conv_macs(inputs: Sequence[Shape], outputs: Sequence[Shape]) -> int:
+    weight = inputs[1]
+    return math.prod(outputs[0]) * math.prod(weight[1:])
+
+
+def _transposed_macs(inputs: Sequence[Shape], outputs: Sequence[Shape]) -> int:
+    return math.prod(inputs[0]) * math.prod(inputs[1][1:])
+
+
+def _linear_macs(inputs: Sequence[Shape], outputs: Sequence[Shape]) -> int:
+    return math.prod(outputs[0]) * inputs[0][-1]
+
+
+def _attention_macs(inputs: Sequence[Shape], outputs: Sequence[Shape]) -> int:
+    queries, keys, values = inputs[:3]
+    return math.prod(queries) * keys[-2] + math.prod(queries[:-1]) * math.prod(values[-2:])
+
+
+def _einsum(equation: str, operands: Sequence[Tensor]) -> Tensor:
+    return torch.einsum(equation, *operands)
+
+
+def _einsum_macs(inputs: Sequence[Shape], outputs: Sequence[Shape]) -> int:
+    # without the equation: the geometric mean of the three sizes is exact for a matrix product (ab, bc -> ac)
+    if len(inputs) != 2:
+        return 0
+    return round(math.sqrt(math.prod(inputs[0]) * math.prod(inputs[1]) * math.prod(outputs[0])))
+
+
+def _names(*names: str) -> tuple[Callable[..., Any], ...]:
+    """The functions of that name in torch, torch.Tensor and torch.nn.functional, as a function mode sees them."""
+    found: list[Callable[..., Any]] = []
+    for name in names:
+        for owner in (torch, torch.Tensor, F):
+            function = getattr(owner, name, None)
+            if callable(function) and function not in found and not inspect.ismodule(function):
+                found.append(function)
+    return tuple(found)
+
+
+def _elementwise(kind: str, *extra: str) -> Operation:
+    inplace = _names(f"{kind}_", f"__i{kind}__")
+    return Operation(
+        kind,
+        getattr(torch, kind),
+        _names(kind, f"__{kind}__", *extra) + inplace,
+        ("input", "other", "alpha"),
+        ("input", "other"),
+        inplace=frozenset(inplace),
+    )
+
+
+def _activation(kind: str, *parameters: str) -> Operation:
+    inplace = _names(f"{kind}_")
+    compute = getattr(F, kind, None) or getattr(torch, kind)
+    return Operation(
+        kind, compute, _names(kind) + inplace, ("input", *parameters), ("input",), "float", frozenset(inplace)
+    )
+
+
+_SYNONYMS = {"self": "input", "mat2": "other", "batch2": "other", "batch1": "input", "axis": "dim", "x": "input"}
+_SIZES = {"mean"}
+_CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_CONV_T = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+_POOL = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+
+_TABLE: tuple[Operation, ...] = (
+    *(
+        Operation(f"conv{n}d", getattr(F, f"conv{n}d"), _names(f"conv{n}d"), _CONV, ("input", "weight"), macs=_conv_macs)
+        for n in (1, 2, 3)
+    ),
+    *(
+        Operation(
+            f"conv_transpose{n}d",
+            getattr(F, f"conv_transpose{n}d"),
+            _names(f"conv_transpose{n}d"),
+            _CONV_T,
+            ("input", "weight"),
+            macs=_transposed_macs,
+        )
+        for n in (1, 2, 3)
+    ),
+    Operation("linear", F.linear, _names("linear"), ("input", "weight", "bias"), ("input", "weight"), macs=_linear_macs),
+    Operation(
+        "matmul",
+        torch.matmul,
+        _names("matmul", "__matmul__", "bmm", "mm"),
+        ("input", "other"),
+        ("input", "other"),
+        macs=_linear_macs,
+    ),
+    Operation(
+        "baddbmm",
+        torch.baddbmm,
+        _names("baddbmm", "addmm"),
+        ("bias", "input", "other", "beta", "alpha"),
+        ("input", "other"),
+        macs=_linear_macs,
+    ),
+    Operation("einsum", _einsum, _names("einsum"), ("equation", "operands"), ("operands",), macs=_einsum_macs),
+    _elementwise("add", "__radd__"),
+    _elementwise("sub"),
+    _elementwise("mul", "__rmul__"),
+    Operation("cat", torch.cat, _names("cat", "concat", "concatenate"), ("tensors", "dim"), ("tensors",), variadic=True),
+    Operation(
+        "embedding",
+        F.embedding,
+        _names("embedding"),
+        ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
+        ("input", "weight"),
+    ),
+    *(
+        Operation(f"avg_pool{n}d", getattr(F, f"avg_pool{n}d"), _names(f"avg_pool{n}d"), _POOL, ("input",))
+        for n in (1, 2, 3)
+    ),
+    *(
+        Operation(
+            f"adaptive_avg_pool{n}d",
+            getattr(F, f"adaptive_avg_pool{n}d"),
+            _names(f"adaptive_avg_pool{n}d"),
+            ("input", "output_size"),
+            ("input",),
+        )
+        for n in (1, 2, 3)
+    ),
+    Operation("mean", torch.mean, _names("mean"), ("input", "dim", "keepdim", "dtype"), ("input",)),
+    Operation(
+        "index_add",
+        torch.index_add,
+        _names("index_add", "index_add_"),
+        ("input", "dim", "index", "source", "alpha"),
+        ("input", "source"),
+        inplace=frozenset(_names("index_add_")),
+    ),
+    Operation(
+        "scatter_add",
+        torch.scatter_add,
+        _names("scatter_add", "scatter_add_"),
+        ("input", "dim", "index", "source"),
+        ("input", "source"),
+        inplace=frozenset(_names("scatter_add_")),
+    ),
+    Operation(
+        "scatter_reduce",
+        torch.scatter_reduce,
+        _names("scatter_reduce", "scatter_reduce_"),
+        ("input", "dim", "index", "source", "reduce", "include_self"),
+        ("input", "source"),
+        inplace=frozenset(_names("scatter_reduce_")),
+    ),
+    # float only, but visible: their time counts
+    Operation(
+        "batch_norm",
+        F.batch_norm,
+        (F.batch_norm, torch.batch_norm),
+        ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
+        ("input",),
+        "float",
+    ),
+    Operation(
+        "layer_norm", F.layer_norm, (F.layer_norm,), ("input", "normalized_shape", "weight", "bias", "eps"), ("input",), "float"
+    ),
+    Operation(
+        "group_norm", F.group_norm, (F.group_norm,), ("input", "num_groups", "weight", "bias", "eps"), ("input",), "float"
+    ),
+    Operation("softmax", torch.softmax, _names("softmax"), ("input", "dim", "_stacklevel", "dtype"), ("input",), "float"),
+    Operation(
+        "log_softmax", torch.log_softmax, _names("log_softmax"), ("input", "dim", "_stacklevel", "dtype"), ("input",), "float"
+    ),
+    _activation("relu", "inplace"),
+    _activation("relu6", "inplace"),
+    _activation("hardtanh", "min_val", "max_val", "inplace"),
+    _activation("clamp", "min", "max"),
+    _activation("leaky_relu", "negative_slope", "inplace"),
+    _activation("elu", "alpha", "inplace"),
+    _activation("silu", "inplace"),
+    _activation("gelu", "approximate"),
+    _activation("hardswish", "inplace"),
+    _activation("hardsigmoid", "inplace"),
+    _activation("sigmoid"),
+    _activation("tanh"),
+    _activation("softplus", "beta", "threshold"),
+    _activation("mish", "inplace"),
+    # composites
+    Operation(
+        "scaled_dot_product_attention",
+        F.scaled_dot_product_attention,
+        (F.scaled_dot_product_attention,),
+        ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"),
+        ("query", "key", "value"),
+        "composite",
+        macs=_attention_macs,
+    ),
+    Operation(
+        "multi_head_attention_forward",
+        F.multi_head_attention_forward,
+        (F.multi_head_attention_forward,),
+        tuple(inspect.signature(F.multi_head_attention_forward).parameters),
+        ("query", "key", "value"),
+        "composite",
+    ),
+    *(
+        Operation(kind, getattr(torch, kind), (getattr(torch, kind),), ("input", "hx"), ("input",), "composite")
+        for kind in ("lstm", "gru", "lstm_cell", "gru_cell", "rnn_tanh", "rnn_relu", "rnn_tanh_cell", "rnn_relu_cell")
+    ),
+)
+
+OPERATIONS: Mapping[str, Operation] = {operation.kind: operation for operation in _TABLE}
+"""Every operation that can be a site, by kind."""
+
+BY_FUNCTION: Mapping[Callable[..., Any], Operation] = {
+    function: operation for operation in _TABLE for function in operation.functions
+}
+"""The operation that a torch function computes."""
+
+ACTIVATIONS: frozenset[str] = frozenset({"relu", "relu6", "hardtanh", "clamp"})
+"""Activations that every integer runtime fuses behind the operation before them."""
+
+VALUE_PRESERVING: frozenset[Callable[..., Any]] = frozenset(
+    (
+        *_names("reshape", "view", "flatten", "unflatten", "transpose", "permute", "contiguous", "expand", "squeeze"),
+        *_names("unsqueeze", "chunk", "split", "unbind", "narrow", "select", "movedim", "swapaxes", "clone", "detach"),
+        *_names("view_as", "reshape_as", "expand_as", "repeat", "tile", "flip", "roll", "index_select", "gather", "t"),
+        *_names("max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool2d", "channel_shuffle", "pixel_shuffle"),
+        *_names("alias", "unfold", "repeat_interleave", "stack_identity", "mT", "squeeze_", "unsqueeze_", "requires_grad_"),
+        torch.Tensor.__getitem__,
+        torch.Tensor.to,
+        torch.Tensor.float,
+    )
+)
+"""Functions whose output holds only values of their first input (views, copies, maxima): identity passes through."""

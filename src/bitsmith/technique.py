@@ -1,0 +1,157 @@
+"""What a technique and its cell owe."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .operations import OPERATIONS
+from .site import Format, Record, Site
+
+
+@dataclass(frozen=True)
+class No:
+    """A refusal with its reason; false in a condition.
+
+    >>> bool(No("no kernel for 3 bits"))
+    False
+    """
+
+    reason: str
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+@dataclass(frozen=True)
+class Wants:
+    """What a technique needs to see before it can be built.
+
+    ``gram``: the Gram matrix of each operand's last (or channel) axis. ``samples``: how many raw inputs to keep.
+    ``after_quantized``: collected after the sites before it run under their own techniques.
+    Ranges and histograms follow from the formats it reads and writes.
+    """
+
+    gram: bool = False
+    samples: int = 0
+    after_quantized: bool = False
+
+
+class TensorQuantizer(Protocol):
+    """What a cell gets for each operand that it reads in a format: tensor in, simulated tensor out."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+class Technique(ABC):
+    """A frozen value that says how a site is computed. Subclasses are final frozen dataclasses, one file each."""
+
+    needs_training: ClassVar[bool] = False
+    """Scored after a short fine-tune, or left out with that reason."""
+
+    @abstractmethod
+    def fits(self, site: Site) -> bool | No:
+        """Whether it can compute that site, or why not."""
+
+    @abstractmethod
+    def build(self, site: Site, record: Record, rng: torch.Generator) -> Cell:
+        """The module that computes the site."""
+
+    def wants(self, site: Site) -> Wants:
+        return Wants()
+
+    def reads(self, site: Site) -> tuple[Format | None, ...]:
+        """The integer format of each operand, None for float and for weights."""
+        return (None,) * len(site.operands)
+
+    def writes(self, site: Site) -> Format | None:
+        """The integer format of the output (behind its epilogue), None for float."""
+        return None
+
+    def bits(self, site: Site) -> float:
+        """Storage of the site's weights, in bits, scales and zero points included."""
+        return 8.0 * site.parameter_bytes
+
+    def form(self, site: Site) -> str:
+        """``dialect`` (quantized reference operations), ``float``, or an opaque ``torch.library`` operation's name."""
+        return "float"
+
+    def cite(self) -> str:
+        """The source: first line of the docstring."""
+        return (type(self).__doc__ or type(self).__name__).strip().splitlines()[0]
+
+
+class Cell(nn.Module):
+    """Computes one site. ``forward`` gets the operation's own arguments: operands by position, the rest by name.
+
+    ``self.op`` is the operation itself. ``self.read(i, x)`` simulates the format of operand ``i``.
+    Cells of a batch normalisation fold get ``self.fold`` (see ``bitsmith.model.folding``).
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("weight", "bias")
+    """Names of the operation's arguments that the cell reads; parameters that no cell reads are not trained."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.site = site.name
+        self.kind = site.kind
+        operation = OPERATIONS.get(site.kind)
+        self.op: Callable[..., Any] = operation.compute if operation is not None else _no_operation
+        # tuples keep the quantizers out of this module's state: they belong to the tensors
+        self.quantizers: tuple[TensorQuantizer | None, ...] = (None,) * len(site.operands)
+
+    def read(self, index: int, x: Tensor) -> Tensor:
+        """Operand ``index`` as it is seen through the format that the plan gave its tensor."""
+        quantizer = self.quantizers[index] if index < len(self.quantizers) else None
+        return x if quantizer is None else quantizer(x)
+
+    def penalty(self) -> Tensor | None:
+        """A term for the loss."""
+        return None
+
+    def step(self, done: int, total: int) -> None:
+        """Called before each training step: schedules."""
+
+    def reset(self) -> None:
+        """Called at the start of every top-level forward: recurrent state, counters."""
+
+    def settle(self) -> Technique | None:
+        """What was learned, as a fixed technique; None: the technique it was built from."""
+        return None
+
+    def materialise(self) -> None:
+        """Called once on the copy that is exported: store weights in the form that ships."""
+
+
+def _no_operation(*args: Any, **kwargs: Any) -> Any:
+    raise TypeError("a module-level cell has no torch operation: it receives the module's own forward as `inner`")
+
+
+class Step(ABC):
+    """A prepare step: reaches over several sites before the cells are built. Subclasses are frozen dataclasses."""
+
+    @abstractmethod
+    def prepare(self, model: nn.Module, record: Record, data: Any) -> nn.Module:
+        """A model with the same function (or a better quantizable one). May change ``model``, which is a copy."""
+
+    def cite(self) -> str:
+        return (type(self).__doc__ or type(self).__name__).strip().splitlines()[0]
+
+
+def check_fits(technique: Technique, site: Site) -> None:
+    """Raise if the technique cannot compute the site, saying why."""
+    verdict = technique.fits(site)
+    if not verdict:
+        reason = verdict.reason if isinstance(verdict, No) else "it does not fit"
+        raise ValueError(f"{technique} cannot be put at {site.name!r} ({site.kind}): {reason}")
+
+
+Statistics = Mapping[str, Any]
