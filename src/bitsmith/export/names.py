@@ -1,0 +1,78 @@
+"""Where a node of an exported graph came from: the names of sites and tensors inside module paths.
+
+An applied network keeps its cells at ``_bitsmith.cells.<key of the site>`` and its activation quantizers at
+``_bitsmith.tensors.<key of the tensor>|<format>``. Exporters carry module paths along with every node; this file is
+the one place that reads them.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+CELLS = "_bitsmith.cells."
+TENSORS = "_bitsmith.tensors."
+
+
+def encode_key(name: str) -> str:
+    """A site's or tensor's name as the name of a child module, which may hold no dot.
+
+    >>> encode_key("layer1.0:add"), decode_key(encode_key("a/b.c~"))
+    ('layer1/0:add', 'a/b.c~')
+    """
+    return name.replace("~", "~0").replace("/", "~1").replace(".", "/")
+
+
+def decode_key(key: str) -> str:
+    """The inverse of :func:`encode_key`."""
+    return key.replace("/", ".").replace("~1", "/").replace("~0", "~")
+
+
+def tensor_key(tensor: str, format: str) -> str:
+    """The child module's name of the quantizer of ``tensor`` in ``format``.
+
+    >>> tensor_key("layer1.0:relu", "u8")
+    'layer1/0:relu|u8'
+    """
+    return f"{encode_key(tensor)}|{format}"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Whose computation a node is: of a ``site``, or of the conversion of a ``tensor`` into ``format``; else neither.
+
+    ``path``: the innermost module's path, "" at the top.
+    """
+
+    site: str = ""
+    tensor: str = ""
+    format: str = ""
+    path: str = ""
+
+
+def parse_scopes(scopes: str | Iterable[str]) -> Origin:
+    """The origin from module paths, outermost first (a list, or the list as text), as exporters give them.
+
+    The innermost cell wins; a quantizer called inside a cell is the tensor's, not the site's.
+
+    >>> parse_scopes("['', 'layer1.0', '_bitsmith.cells.layer1/0:add', '_bitsmith.tensors.layer1/0:add|u8', 'q']")
+    Origin(site='', tensor='layer1.0:add', format='u8', path='layer1.0')
+    >>> parse_scopes(["", "conv", "_bitsmith.cells.conv", "conv2d"]).site
+    'conv'
+    """
+    if isinstance(scopes, str):
+        try:
+            scopes = ast.literal_eval(scopes)
+        except (ValueError, SyntaxError):
+            return Origin()
+    paths = list(scopes)
+    own = [path for path in paths[:-1] if path and CELLS not in path and TENSORS not in path]
+    path = own[-1] if own else ""
+    for scope in reversed(paths):
+        if TENSORS in scope:
+            key, _, kind = scope.partition(TENSORS)[2].partition(".")[0].rpartition("|")
+            return Origin(tensor=decode_key(key), format=kind, path=path)
+        if CELLS in scope:
+            return Origin(site=decode_key(scope.partition(CELLS)[2].partition(".")[0]), path=path)
+    return Origin(path=path)

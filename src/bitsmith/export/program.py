@@ -1,0 +1,82 @@
+"""The applied network as one exported program that every runtime reads."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+
+class ExportError(RuntimeError):
+    """A network that cannot be exported: which, why, what to do."""
+
+
+def exported_program(net: nn.Module, example: Any, dynamic_batch: bool = False) -> ExportedProgram:
+    """The network's forward pass as a graph of ATen and quantized reference operations.
+
+    ``example``: a tensor, a tuple of positional inputs or a mapping of keyword inputs, as one item of a loader.
+    ``dynamic_batch``: the first axis of every input tensor may have any size. The network is exported in evaluation
+    mode and left as it was. Raises :class:`ExportError` with the cause if the forward pass cannot be exported.
+    """
+    args, kwargs = _arguments(example)
+    shapes = _dynamic_shapes(args, kwargs) if dynamic_batch else None
+    with _evaluating(net), quiet(), torch.no_grad():
+        try:
+            return torch.export.export(net, args, kwargs, dynamic_shapes=shapes, strict=False)
+        except Exception as error:
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ExportError(
+                f"{type(net).__name__} cannot be exported: {first}. Its forward pass must be a fixed graph for the "
+                "example: no branches on tensor values, no numpy, no in-place change of inputs"
+            ) from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what torch's exporters say about themselves (not about the network)."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*", category=FutureWarning)
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(torch|onnx|copyreg).*")
+        warnings.filterwarnings("ignore", message=r".*torch\.jit.*", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", message=r".*dynamic_axes.*|.*opset.*", category=UserWarning)
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+@contextmanager
+def _evaluating(net: nn.Module) -> Iterator[None]:
+    training = [(module, module.training) for module in net.modules()]
+    net.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training:
+            module.training = mode
+
+
+def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    return (tuple(example) if isinstance(example, (tuple, list)) else (example,)), {}
+
+
+def _dynamic_shapes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    batch = torch.export.Dim("batch", min=1)
+
+    def shape(value: Any) -> Any:
+        return {0: batch} if isinstance(value, torch.Tensor) and value.dim() else None
+
+    return {name: shape(value) for name, value in kwargs.items()} if kwargs else tuple(map(shape, args))

@@ -1,0 +1,223 @@
+"""Rewritings of an exported ONNX graph that preserve every value. Each changes the graph it is given, which is ours."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import onnx
+    import onnx_ir as ir
+
+Array = np.ndarray[Any, Any]
+QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
+
+
+def rewritten(model: onnx.ModelProto, *passes: Callable[[ir.Graph], None]) -> onnx.ModelProto:
+    """A copy of the model after the passes, in order, without what became unused."""
+    import onnx_ir as ir
+
+    copy = ir.from_proto(model)
+    for rewrite in passes:
+        rewrite(copy.graph)
+        remove_unused(copy.graph)
+    return ir.to_proto(copy)
+
+
+def constant(value: ir.Value | None) -> Array | None:
+    """The array behind an initializer or a Constant node; None for anything else."""
+    if value is None or value.const_value is None or value.is_graph_input():
+        return None
+    array: Array = value.const_value.numpy()
+    return array
+
+
+def initializer(graph: ir.Graph, name: str, array: Array, dtype: ir.DataType | None = None) -> ir.Value:
+    """A new initializer; an existing name gets a number."""
+    import onnx_ir as ir
+
+    taken = set(graph.initializers) | {v.name for node in graph for v in node.outputs} | {v.name for v in graph.inputs}
+    unique, k = name, 0
+    while unique in taken:
+        k += 1
+        unique = f"{name}.{k}"
+    tensor = ir.Tensor(array, dtype=dtype, name=unique)
+    value = ir.Value(name=unique, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def replace(old: ir.Value, new: ir.Value) -> bool:
+    """Let all readers of ``old`` read ``new``. A graph output keeps its name: then nothing is done and it is False."""
+    if old.is_graph_output():
+        return False
+    old.replace_all_uses_with(new)
+    return True
+
+
+def remove_unused(graph: ir.Graph) -> None:
+    """Remove nodes and initializers that nothing reads."""
+    for node in reversed(list(graph)):
+        if not any(value.uses() or value.is_graph_output() for value in node.outputs):
+            graph.remove(node, safe=True)
+    for name, value in list(graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            del graph.initializers[name]
+
+
+def same_parameters(a: ir.Node, b: ir.Node) -> bool:
+    """Whether two quantizing or dequantizing nodes have equal constant parameters, axis and block size."""
+    if _attributes(a) != _attributes(b) or len(a.inputs) != len(b.inputs):
+        return False
+    for left, right in zip(a.inputs[1:], b.inputs[1:], strict=True):
+        if left is right:
+            continue
+        first, second = constant(left), constant(right)
+        if first is None or second is None or first.dtype != second.dtype or not np.array_equal(first, second):
+            return False
+    return True
+
+
+def merge_duplicates(graph: ir.Graph) -> None:
+    """Quantize and dequantize a value once per set of parameters, however many cells read it."""
+    seen: dict[tuple[int, str], list[ir.Node]] = {}
+    for node in list(graph):
+        if node.op_type not in (QUANTIZE, DEQUANTIZE, "Clip"):
+            continue
+        alike = seen.setdefault((id(node.inputs[0]), node.op_type), [])
+        twin = next((other for other in alike if same_parameters(other, node)), None)
+        if twin is None or not replace(node.outputs[0], twin.outputs[0]):
+            alike.append(node)
+
+
+def merge_requantization(graph: ir.Graph) -> None:
+    """``Quantize(Dequantize(q))`` with equal parameters is ``q``: (q - z) s / s rounds to q - z for up to 16 bits."""
+    for node in list(graph):
+        if node.op_type != QUANTIZE:
+            continue
+        inner = node.inputs[0].producer() if node.inputs[0] is not None else None
+        if inner is not None and inner.op_type == DEQUANTIZE and same_parameters(inner, node):
+            replace(node.outputs[0], inner.inputs[0])  # type: ignore[arg-type]
+
+
+def fold_weight_transposes(graph: ir.Graph) -> None:
+    """``Transpose(Dequantize(W))`` of a constant 2-D weight becomes ``Dequantize(W^T)`` with the axis moved."""
+    for node in list(graph):
+        if node.op_type != "Transpose" or node.inputs[0] is None:
+            continue
+        inner = node.inputs[0].producer()
+        if inner is None or inner.op_type != DEQUANTIZE:
+            continue
+        weight = constant(inner.inputs[0])
+        if weight is None or weight.ndim != 2 or list(node.attributes.get_ints("perm", (1, 0))) != [1, 0]:
+            continue
+        source: ir.Value = inner.inputs[0]  # type: ignore[assignment]
+        turned = initializer(graph, f"{source.name}.T", np.ascontiguousarray(weight.T), source.dtype)
+        parameters: list[ir.Value | None] = []
+        for value in inner.inputs[1:]:
+            array = constant(value)
+            if value is not None and array is not None and array.ndim == 2:
+                value = initializer(graph, f"{value.name}.T", np.ascontiguousarray(array.T), value.dtype)
+            parameters.append(value)
+        attributes = _attributes(inner)
+        axis = attributes.get("axis", 1) % 2
+        made = _node(DEQUANTIZE, [turned, *parameters], node, {**attributes, "axis": 1 - axis})
+        graph.insert_before(node, made)
+        replace(node.outputs[0], made.outputs[0])
+
+
+def drop_implied_clips(graph: ir.Graph) -> None:
+    """Remove a Relu or Clip that is read only by quantizers whose saturation implies it.
+
+    A bound ``b`` is implied if everything beyond it already saturates: ``b / s + z`` lies beyond the last half step
+    (``b / s + z < qmin + 1/2`` below, ``> qmax - 1/2`` above).
+    """
+    for node in list(graph):
+        if node.op_type not in ("Relu", "Clip") or node.outputs[0].is_graph_output() or node.inputs[0] is None:
+            continue
+        if node.inputs[0].dtype is not None and not node.inputs[0].dtype.is_floating_point():
+            continue
+        low, high = _bounds(node)
+        uses = node.outputs[0].uses()
+        if low is None or high is None or not uses:
+            continue
+        if all(use.idx == 0 and _saturates(use.node, low, high) for use in uses):
+            replace(node.outputs[0], node.inputs[0])
+
+
+def _bounds(node: ir.Node) -> tuple[float | None, float | None]:
+    if node.op_type == "Relu":
+        return 0.0, math.inf
+    bounds: list[float | None] = []
+    for index, default in ((1, -math.inf), (2, math.inf)):
+        value = node.inputs[index] if index < len(node.inputs) else None
+        array = constant(value)
+        bounds.append(default if value is None else None if array is None else float(array))
+    return bounds[0], bounds[1]
+
+
+def _saturates(quantizer: ir.Node, low: float, high: float) -> bool:
+    if quantizer.op_type != QUANTIZE:
+        return False
+    scale, zero = constant(quantizer.inputs[1]), constant(quantizer.inputs[2] if len(quantizer.inputs) > 2 else None)
+    if scale is None or zero is None or scale.size != 1:
+        return False
+    limits = np.iinfo(zero.dtype)
+    least, greatest = limits.min, limits.max
+    for use in quantizer.outputs[0].uses():  # fewer bits: the integers are clipped behind the quantizer
+        clip = _bounds(use.node) if use.node.op_type == "Clip" else (None, None)
+        if clip[0] is None or clip[1] is None or len(quantizer.outputs[0].uses()) > 1:
+            break
+        least, greatest = max(least, int(clip[0])), min(greatest, int(clip[1]))
+    at = float(zero.item())
+    return low / float(scale.item()) + at < least + 0.5 and high / float(scale.item()) + at > greatest - 0.5
+
+
+def pack_int4(graph: ir.Graph) -> None:
+    """Store weights whose buffer is named ``...weight_q4`` (values -8 to 7) in 4 bits. Needs opset 21."""
+    import onnx_ir as ir
+
+    for name, value in list(graph.initializers.items()):
+        array = constant(value)
+        if not name.partition(".T")[0].endswith("weight_q4") or array is None or array.dtype != np.int8:
+            continue
+        if array.size and (array.min() < -8 or array.max() > 7):
+            raise ValueError(f"{name} is to be stored in 4 bits but holds values from {array.min()} to {array.max()}")
+        packed = _as_int4(graph, value, array)
+        for node in [use.node for use in value.uses()]:
+            zero = node.inputs[2] if len(node.inputs) > 2 else None
+            zeros = constant(zero)
+            if node.op_type != DEQUANTIZE:
+                raise ValueError(f"{name} is to be stored in 4 bits but {node.op_type} reads it")
+            if zero is not None and zeros is not None and zero.dtype != ir.DataType.INT4:
+                node.replace_input_with(2, _as_int4(graph, zero, zeros))
+        replace(value, packed)
+
+
+def _as_int4(graph: ir.Graph, value: ir.Value, array: Array) -> ir.Value:
+    import ml_dtypes
+    import onnx_ir as ir
+
+    return initializer(graph, f"{value.name}.int4", array.astype(ml_dtypes.int4), ir.DataType.INT4)
+
+
+def _attributes(node: ir.Node) -> dict[str, Any]:
+    defaults = {"axis": 1, "block_size": 0, "saturate": 1, "output_dtype": 0, "precision": 0}
+    given = {name: attribute.value for name, attribute in node.attributes.items()}
+    return {name: value for name, value in given.items() if value != defaults.get(name)}
+
+
+def _node(
+    op_type: str, inputs: list[ir.Value | None], like: ir.Node, attributes: dict[str, Any] | None = None
+) -> ir.Node:
+    """A node in the place of ``like``: its output's name, shape and type, its origin."""
+    import onnx_ir as ir
+
+    node = ir.node(op_type, inputs, attributes, name=f"{like.name}.{op_type}")
+    node.metadata_props.update(like.metadata_props)
+    node.outputs[0].name = f"{like.outputs[0].name}.{op_type}"
+    node.outputs[0].shape, node.outputs[0].type = like.outputs[0].shape, like.outputs[0].type
+    return node

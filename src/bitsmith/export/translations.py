@@ -1,0 +1,67 @@
+"""How the reference quantization operations are written in ONNX, where torch's own table falls short.
+
+torch 2.13 drops ``quant_min`` and ``quant_max`` of per-tensor quantization, so 4-bit activations would silently run
+with 8 bits, and it has no translation for group-wise weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.ao.quantization.fx._decomposed  # registers the operations
+
+
+def translations(opset: int) -> Mapping[Callable[..., Any], Callable[..., Any]]:
+    """Translations for ``torch.onnx.export(custom_translation_table=...)`` at that opset (20 or later)."""
+    import onnx_ir as ir
+    from onnxscript import opset20, opset21
+
+    op: Any = opset21 if opset >= 21 else opset20
+
+    def parameters(scale: Any, zero_point: Any, dtype: Any) -> tuple[Any, Any]:
+        scale = op.Constant(value_float=scale) if isinstance(scale, float) else op.Cast(scale, to=ir.DataType.FLOAT)
+        zero_point = op.Constant(value_int=zero_point) if isinstance(zero_point, int) else zero_point
+        return scale, op.Cast(zero_point, to=int(dtype))
+
+    def quantize_per_tensor(x: Any, scale: Any, zero_point: Any, low: int, high: int, dtype: Any) -> Any:
+        integers = op.QuantizeLinear(x, *parameters(scale, zero_point, dtype))
+        full = _LIMITS[ir.DataType(int(dtype)).name]
+        if (low, high) == full:
+            return integers
+        bounds = (op.Cast(op.Constant(value_int=bound), to=int(dtype)) for bound in (low, high))
+        return op.Clip(integers, *bounds)
+
+    def dequantize_per_tensor(
+        x: Any, scale: Any, zero_point: Any, low: int, high: int, dtype: Any, out_dtype: Any = None
+    ) -> Any:
+        return op.DequantizeLinear(x, *parameters(scale, zero_point, dtype))
+
+    def dequantize_per_channel_group(
+        w: Any, scales: Any, zero_points: Any, low: int, high: int, dtype: Any, group_size: int, out_dtype: Any
+    ) -> Any:
+        if opset < 21:
+            raise ValueError("group-wise weights need opset 21")
+        group_size = min(group_size, int(w.shape[-1]))
+        if zero_points is None:
+            return op.DequantizeLinear(w, scales, axis=1, block_size=group_size)
+        return op.DequantizeLinear(w, scales, op.Cast(zero_points, to=int(dtype)), axis=1, block_size=group_size)
+
+    decomposed = torch.ops.quantized_decomposed
+    return {
+        decomposed.quantize_per_tensor.default: quantize_per_tensor,
+        decomposed.quantize_per_tensor.tensor: quantize_per_tensor,
+        decomposed.dequantize_per_tensor.default: dequantize_per_tensor,
+        decomposed.dequantize_per_tensor.tensor: dequantize_per_tensor,
+        decomposed.dequantize_per_channel_group.default: dequantize_per_channel_group,
+    }
+
+
+_LIMITS = {
+    "UINT8": (0, 255),
+    "INT8": (-128, 127),
+    "UINT16": (0, 65535),
+    "INT16": (-32768, 32767),
+    "INT32": (-(2**31), 2**31 - 1),
+}
