@@ -139,6 +139,8 @@ class Report:
             object.__setattr__(self, name, _plain(getattr(self, name), name))
         for name in ("frontier", "sites", "notes", "citations"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in self.budget:
+            self.got(name)  # an unknown limit is an error here, not when the page is written
         stray = sorted(set(self.missed) - set(self.budget))
         if stray:
             raise ReportError(f"missed names {', '.join(stray)}, which the budget does not limit")
@@ -224,7 +226,7 @@ class Report:
         if not isinstance(data, Mapping) or data.get("kind") != KIND:
             raise ReportError(f'this is not a Bitsmith report: a JSON object with "kind": "{KIND}" was expected')
         version = data.get("schema")
-        reader = _READERS.get(version) if isinstance(version, int) else None
+        reader = _READERS.get(version) if type(version) is int else None
         if reader is None:
             raise ReportError(
                 f"report schema {version!r} is unknown to this version, which reads {sorted(_READERS)}; "
@@ -258,6 +260,7 @@ class Report:
 
 
 _MAPPINGS = ("settings", "versions", "machine", "budget", "missed", "verify", "time_parts", "predicted", "store")
+_NUMBERS: Mapping[str, type] = {"budget": float, "missed": float, "time_parts": float, "predicted": float, "store": int}
 _DERIVED = ("samples", "speedup", "time_source")
 _NON_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 
@@ -345,6 +348,9 @@ def _read_1(data: Mapping[str, Any]) -> Report:
             if not isinstance(value, Mapping):
                 raise ReportError(f"report.{name}: an object was expected, not {type(value).__name__}")
             values[name] = _decode(value)
+            if name in _NUMBERS:
+                for key, item in value.items():
+                    _check(item, _NUMBERS[name], f"report.{name}.{key}")
         elif name in ("sites", "frontier", "notes", "citations"):
             if not isinstance(value, list):
                 raise ReportError(f"report.{name}: a list was expected, not {type(value).__name__}")

@@ -187,7 +187,7 @@ def _axes(figure: Any) -> Any:
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
         axes.spines[side].set_color(_COLOURS["grid"])
-    axes.tick_params(colors=_COLOURS["muted"], length=0, labelsize=9)
+    axes.tick_params(which="both", colors=_COLOURS["muted"], length=0, labelsize=9)
     axes.xaxis.label.set_color(_COLOURS["muted"])
     axes.yaxis.label.set_color(_COLOURS["muted"])
     return axes
