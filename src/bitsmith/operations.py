@@ -44,13 +44,19 @@ class Operation:
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The call's arguments under their canonical names, in canonical order; only what the caller gave."""
         bound = dict(zip(self.signature, args, strict=False))
-        if len(args) > len(self.signature):
-            bound[self.signature[-1]] = args[len(self.signature) - 1 :]
+        if self.kind == "einsum":  # einsum(equation, a, b) and einsum(equation, [a, b])
+            rest = args[1:]
+            bound["operands"] = tuple(rest[0]) if len(rest) == 1 and isinstance(rest[0], (list, tuple)) else rest
         for name, value in kwargs.items():
             bound[_SYNONYMS.get(name, name)] = value
-        if self.kind in _SIZES and self.signature[1] in bound and len(args) > 2:
-            bound[self.signature[1]] = args[1:]
         return bound
+
+    def split(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """``(operands, rest)``: the data arguments by position, everything else by canonical name."""
+        rest = self.bind(args, kwargs)
+        if self.variadic:
+            return tuple(rest.pop(self.operands[0])), rest
+        return tuple(rest.pop(name) for name in self.operands if name in rest), rest
 
 
 def _conv_macs(inputs: Sequence[Shape], outputs: Sequence[Shape]) -> int:
@@ -71,8 +77,12 @@ def _attention_macs(inputs: Sequence[Shape], outputs: Sequence[Shape]) -> int:
     return math.prod(queries) * keys[-2] + math.prod(queries[:-1]) * math.prod(values[-2:])
 
 
-def _einsum(equation: str, operands: Sequence[Tensor]) -> Tensor:
+def _einsum(*operands: Tensor, equation: str) -> Tensor:
     return torch.einsum(equation, *operands)
+
+
+def _cat(*tensors: Tensor, dim: int = 0) -> Tensor:
+    return torch.cat(tensors, dim)
 
 
 def _einsum_macs(inputs: Sequence[Shape], outputs: Sequence[Shape]) -> int:
@@ -114,7 +124,6 @@ def _activation(kind: str, *parameters: str) -> Operation:
 
 
 _SYNONYMS = {"self": "input", "mat2": "other", "batch2": "other", "batch1": "input", "axis": "dim", "x": "input"}
-_SIZES = {"mean"}
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _CONV_T = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 _POOL = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
@@ -152,11 +161,11 @@ _TABLE: tuple[Operation, ...] = (
         ("input", "other"),
         macs=_linear_macs,
     ),
-    Operation("einsum", _einsum, _names("einsum"), ("equation", "operands"), ("operands",), macs=_einsum_macs),
+    Operation("einsum", _einsum, _names("einsum"), ("equation", "operands"), ("operands",), macs=_einsum_macs, variadic=True),
     _elementwise("add", "__radd__"),
     _elementwise("sub"),
     _elementwise("mul", "__rmul__"),
-    Operation("cat", torch.cat, _names("cat", "concat", "concatenate"), ("tensors", "dim"), ("tensors",), variadic=True),
+    Operation("cat", _cat, _names("cat", "concat", "concatenate"), ("tensors", "dim"), ("tensors",), variadic=True),
     Operation(
         "embedding",
         F.embedding,
@@ -281,6 +290,8 @@ VALUE_PRESERVING: frozenset[Callable[..., Any]] = frozenset(
         torch.Tensor.__getitem__,
         torch.Tensor.to,
         torch.Tensor.float,
+        torch.Tensor.T.__get__,  # type: ignore[attr-defined]
+        torch.Tensor.mT.__get__,  # type: ignore[attr-defined]
     )
 )
 """Functions whose output holds only values of their first input (views, copies, maxima): identity passes through."""

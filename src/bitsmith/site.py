@@ -2,8 +2,8 @@
 
 Names follow one grammar. A *site* is ``path`` (a layer's own single operation, or a whole module), ``path:op`` (an
 operation in a module's own forward) or ``path:op.k`` (its k-th further position). What a composite site is made of
-lives under the composite's name with ``:`` written as ``.``: ``attn`` holds ``attn:linear``, and
-``encoder:scaled_dot_product_attention`` holds ``encoder.scaled_dot_product_attention:matmul``.
+lives under ``path.op``: the attention of ``encoder`` (``encoder:scaled_dot_product_attention``) holds
+``encoder.scaled_dot_product_attention:matmul``, and the ``nn.LSTM`` called ``rnn`` holds ``rnn.lstm:linear``.
 A *tensor* has the name of the site that writes it (``site`` for the first output, ``site#1`` for the second), ``@x``
 for the model's input ``x``, or ``site<k`` where a site's k-th operand comes from something that is not a site.
 """

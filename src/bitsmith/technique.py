@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -47,6 +47,8 @@ class Wants:
 
 class TensorQuantizer(Protocol):
     """What a cell gets for each operand that it reads in a format: tensor in, simulated tensor out."""
+
+    scale: Tensor
 
     def __call__(self, x: Tensor) -> Tensor: ...
 
@@ -92,12 +94,15 @@ class Technique(ABC):
 class Cell(nn.Module):
     """Computes one site. ``forward`` gets the operation's own arguments: operands by position, the rest by name.
 
-    ``self.op`` is the operation itself. ``self.read(i, x)`` simulates the format of operand ``i``.
-    Cells of a batch normalisation fold get ``self.fold`` (see ``bitsmith.model.folding``).
+    ``self.op`` is the operation itself, with the same arguments. ``self.read(i, x)`` simulates the format of operand
+    ``i``. ``self.norm`` holds the normalisation module that the cell absorbs in eval, or nothing.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("weight", "bias")
     """Names of the operation's arguments that the cell reads; parameters that no cell reads are not trained."""
+
+    folds: bool = False
+    """Whether it absorbs a batch normalisation behind it in eval (it then computes with ``self.norm``)."""
 
     def __init__(self, site: Site) -> None:
         super().__init__()
@@ -105,12 +110,23 @@ class Cell(nn.Module):
         self.kind = site.kind
         operation = OPERATIONS.get(site.kind)
         self.op: Callable[..., Any] = operation.compute if operation is not None else _no_operation
-        # tuples keep the quantizers out of this module's state: they belong to the tensors
+        # tuples keep modules that belong elsewhere out of this module's state
         self.quantizers: tuple[TensorQuantizer | None, ...] = (None,) * len(site.operands)
+        self.at_read: tuple[bool, ...] = (False,) * len(site.operands)
+        self.norm: tuple[nn.Module, ...] = ()
+
+    def attach(
+        self, quantizers: tuple[TensorQuantizer | None, ...], at_read: tuple[bool, ...], norm: tuple[nn.Module, ...] = ()
+    ) -> None:
+        """Hand over the quantizers of the operands' tensors, and which of them this cell must apply itself.
+
+        Where ``at_read`` is false the tensor was quantized when it was written.
+        """
+        self.quantizers, self.at_read, self.norm = quantizers, at_read, norm
 
     def read(self, index: int, x: Tensor) -> Tensor:
         """Operand ``index`` as it is seen through the format that the plan gave its tensor."""
-        quantizer = self.quantizers[index] if index < len(self.quantizers) else None
+        quantizer = self.quantizers[index] if index < len(self.at_read) and self.at_read[index] else None
         return x if quantizer is None else quantizer(x)
 
     def penalty(self) -> Tensor | None:
@@ -153,5 +169,3 @@ def check_fits(technique: Technique, site: Site) -> None:
         reason = verdict.reason if isinstance(verdict, No) else "it does not fit"
         raise ValueError(f"{technique} cannot be put at {site.name!r} ({site.kind}): {reason}")
 
-
-Statistics = Mapping[str, Any]

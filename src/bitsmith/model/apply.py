@@ -1,0 +1,248 @@
+"""``apply``: an ordinary module that computes like the model, with the plan's cells at its sites."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data import first_inputs
+from ..numerics.quantizer import Quantizer
+from ..numerics.ranges import limits, qparams
+from ..operations import BY_FUNCTION
+from ..plan import Plan
+from ..site import Format, Record, Site
+from ..technique import Cell
+from .calibrate import calibrate, check_weights
+from .formats import Placement, place
+from .intercept import CHILD, InterceptionError, Scope, instrument
+from .keys import encode_key, tensor_key
+from .network import Forward, Network, duplicate, network
+from .replay import Names
+
+
+class Additions(nn.Module):
+    """Everything that an applied plan adds to a model: its cells and the quantizers of its tensors.
+
+    Called as a layer (an ``nn.Sequential`` root runs every child) it returns what it is given.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells = nn.ModuleDict()
+        self.tensors = nn.ModuleDict()
+
+    def forward(self, x: Any) -> Any:
+        return x
+
+
+class _AsItWas(nn.Module):
+    """Holds the place of a site that the plan does not name, so that an exported node can be traced to it."""
+
+    def forward(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        return function(*args, **kwargs)
+
+
+class _Computer(Names):
+    """The handler of an applied plan."""
+
+    def __init__(self, net: Network, plan: Plan, additions: Additions, placement: Placement) -> None:
+        super().__init__(net)
+        self.additions = additions
+        self.cells: dict[str, nn.Module] = {}
+        self.writes: dict[str, list[tuple[int, nn.Module]]] = {}
+        self.folded: dict[str, nn.Module] = {}
+        for name in net.record.sites:
+            self.cells[name] = additions.cells[encode_key(name)]
+        for (name, index), (tensor, fmt) in placement.writes.items():
+            self.writes.setdefault(name, []).append((index, additions.tensors[tensor_key(tensor, fmt)]))
+        self.busy = frozenset({*plan.sites, *self.writes})
+        self.watch(self.busy)
+
+    def fold(self, name: str, module: nn.Module) -> None:
+        """The normalisation at site ``name`` is absorbed by its producer while ``module`` is in eval."""
+        self.folded[name] = module
+        self.watch({*self.busy, *self.folded})
+
+    def name_everything(self) -> None:
+        """Send every site through its cell, so that exported nodes carry its name."""
+        self.watch({name for name in self.record_sites if not self._seen_inside(name)})
+
+    def _seen_inside(self, name: str) -> bool:
+        return any(site.parent == name for site in self.record_sites.values()) and name not in self.busy
+
+    def begin(self) -> None:
+        for cell in self.cells.values():
+            if isinstance(cell, Cell):
+                cell.reset()
+
+    def compute(
+        self, name: str, scope: Scope, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        norm = self.folded.get(name)
+        if norm is not None and not norm.training:
+            output: Any = BY_FUNCTION[function].bind(args, kwargs)["input"]
+            return self._written(name, output)
+        cell = self.cells[name]
+        if not isinstance(cell, Cell):
+            return self._written(name, cell(function, args, kwargs))
+        operation = BY_FUNCTION[function]
+        operands, rest = operation.split(args, kwargs)
+        target = args[0] if function in operation.inplace or rest.pop("inplace", False) else None
+        output = self._written(name, cell(*operands, **rest))
+        return output if target is None else target.copy_(output)
+
+    def compute_module(self, name: str, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        cell = self.cells[name]
+        return self._written(name, cell(*args, inner=inner, **kwargs) if isinstance(cell, Cell) else inner(*args, **kwargs))
+
+    def _written(self, name: str, output: Any) -> Any:
+        quantizers = self.writes.get(name)
+        if quantizers is None:
+            return output
+        if isinstance(output, Tensor):
+            return quantizers[0][1](output)
+        made = list(output)
+        for index, quantizer in quantizers:
+            made[index] = quantizer(made[index])
+        return type(output)(made)
+
+
+def apply(
+    model: nn.Module,
+    plan: Plan,
+    calibration: Any,
+    *,
+    forward: Forward | None = None,
+    seed: int = 0,
+) -> nn.Module:
+    """An ordinary ``nn.Module`` that computes like ``model`` with the plan's techniques at its sites: a simulation.
+
+    ``calibration``: a loader of ``(inputs, target)``, read to choose ranges. The model is not touched; the result keeps
+    its state-dict keys and adds the cells' under ``_bitsmith``. It works under ``.to``, ``train``/``eval``,
+    ``deepcopy``, autocast, ``DistributedDataParallel`` and ``torch.compile``.
+
+    Raises ``UnknownSiteError`` (with the closest names), ``ValueError`` for a technique that does not fit,
+    ``CalibrationError`` for NaN or infinite weights or activations, ``DataError`` for items of another form.
+    """
+    net = network(model, first_inputs(calibration), forward=forward, names=plan.sites)
+    return build(net, plan, calibration, seed=seed)
+
+
+def build(
+    net: Network,
+    plan: Plan,
+    calibration: Any,
+    *,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> nn.Module:
+    """:func:`apply` for a network that is already recorded (and perhaps calibrated)."""
+    plan.check(net.record)
+    check_weights(net.model)
+    if plan.prepare:
+        net = _prepare(net, plan, calibration)
+    placement = place(plan, net.record)
+    statistics = calibrate(net, placement.tensors, calibration, progress) if placement.tensors else {}
+    record = net.with_statistics(statistics).record
+    replica = duplicate(net.model)
+    additions = Additions()
+    generator = torch.Generator().manual_seed(seed)
+    training = replica.training
+    for tensor, fmt in placement.tensors:
+        additions.tensors[tensor_key(tensor, fmt)] = quantizer(record, tensor, fmt)
+    for site in record.sites.values():
+        technique = plan.get(site.name)
+        cell = technique.build(site, record, generator) if technique is not None else _AsItWas()
+        additions.cells[encode_key(site.name)] = cell
+    computer = _Computer(net, plan, additions, placement)
+    for name in plan.sites:
+        cell = additions.cells[encode_key(name)]
+        if isinstance(cell, Cell):
+            _attach(cell, record.sites[name], placement, additions, replica, computer)
+    instrument(replica, computer, net.modules)
+    replica.add_module(CHILD, additions)
+    replica.train(training)
+    _freeze_unread(replica, record, plan, additions)
+    return replica
+
+
+def quantizer(record: Record, tensor: str, fmt: Format) -> Quantizer:
+    """The quantizer of one tensor from its statistics."""
+    low, high = limits(record.statistics[tensor], fmt)
+    scale, zero_point = qparams(low, high, fmt)
+    return Quantizer(fmt, scale, zero_point)
+
+
+def additions_of(net: nn.Module) -> Additions:
+    """What ``apply`` added to ``net``; an error if nothing was."""
+    found = dict(net.named_children()).get(CHILD)
+    if not isinstance(found, Additions):
+        raise InterceptionError(f"{type(net).__name__} carries no plan: it must come from bitsmith.apply(model, plan, data)")
+    return found
+
+
+def computer_of(net: nn.Module) -> _Computer:
+    additions_of(net)
+    handler = net.__dict__["_interceptor"].handler
+    assert isinstance(handler, _Computer)  # additions_of saw the child that only build adds
+    return handler
+
+
+def materialised(net: nn.Module, run: Callable[[nn.Module], Any]) -> nn.Module:
+    """A copy in eval for export: weights as they ship, every exported node traceable to its site.
+
+    ``run`` sends one example through it, so that every cell sees its weights.
+    """
+    replica = duplicate(net).eval()
+    with torch.no_grad():
+        run(replica)
+    for cell in additions_of(replica).cells.values():
+        if isinstance(cell, Cell):
+            cell.materialise()
+    computer_of(replica).name_everything()
+    return replica
+
+
+def _attach(
+    cell: Cell, site: Site, placement: Placement, additions: Additions, replica: nn.Module, computer: _Computer
+) -> None:
+    quantizers: list[Quantizer | None] = []
+    at_read: list[bool] = []
+    for index in range(len(site.operands)):
+        tensor, fmt, reader = placement.reads.get((site.name, index), (None, None, False))
+        found = additions.tensors[tensor_key(tensor, fmt)] if tensor is not None and fmt is not None else None
+        assert found is None or isinstance(found, Quantizer)
+        quantizers.append(found)
+        at_read.append(reader)
+    norm: tuple[nn.Module, ...] = ()
+    if site.fold is not None and cell.folds:
+        module = replica.get_submodule(site.fold.module)
+        norm = (module,)
+        computer.fold(site.fold.site, module)
+    cell.attach(tuple(quantizers), tuple(at_read), norm)
+
+
+def _prepare(net: Network, plan: Plan, calibration: Any) -> Network:
+    model = duplicate(net.model)
+    for step in plan.prepare:
+        model = step.prepare(model, net.record, calibration)
+    return network(model, net.example, forward=net.forward, names=plan.sites)
+
+
+def _freeze_unread(replica: nn.Module, record: Record, plan: Plan, additions: Additions) -> None:
+    """Parameters that no cell reads do not train: weight decay and DistributedDataParallel must not see them."""
+    read: set[str] = set()
+    unread: set[str] = set()
+    for site in record.sites.values():
+        cell = additions.cells[encode_key(site.name)]
+        needs = cell.needs if isinstance(cell, Cell) else None
+        for operand in site.operands:
+            if operand.constant:
+                (read if needs is None or operand.argument in needs else unread).update(operand.parameters)
+    for key in unread - read:
+        parameter = dict(replica.named_parameters()).get(key)
+        if parameter is not None:
+            parameter.requires_grad_(False)

@@ -1,0 +1,129 @@
+"""Statistics of the tensors that a plan quantizes, streamed over the calibration data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data import call, items
+from ..numerics.statistics import NonFiniteError, TensorStatistics
+from ..operations import BY_FUNCTION
+from ..site import Format
+from .flow import tensors
+from .intercept import Scope, instrument
+from .network import Network, duplicate
+from .replay import Names
+
+
+class CalibrationError(ValueError):
+    """Calibration data or a network that gives no usable ranges."""
+
+
+class _Observer(Names):
+    """The handler that feeds statistics while the float network runs."""
+
+    def __init__(self, net: Network, wanted: Mapping[str, TensorStatistics]) -> None:
+        super().__init__(net)
+        record = net.record
+        self.reads: dict[str, list[tuple[int, str]]] = {}
+        self.writes: dict[str, list[tuple[int, str]]] = {}
+        self.statistics = wanted
+        for tensor in wanted:
+            info = record.tensors[tensor]
+            if info.producer:
+                at = record.sites[info.producer].writes.index(tensor)
+                self.writes.setdefault(info.producer, []).append((at, tensor))
+            else:
+                # read by several sites, it is watched at each: extremes are the same, a histogram is only scaled
+                for site in record.sites.values():
+                    for index, operand in enumerate(site.operands):
+                        if operand.tensor == tensor:
+                            self.reads.setdefault(site.name, []).append((index, tensor))
+                            break
+                    else:
+                        continue
+                    break
+        self.watch({*self.reads, *self.writes})
+
+    def compute(
+        self, name: str, scope: Scope, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        operation = BY_FUNCTION[function]
+        if name in self.reads:
+            operands, _ = operation.split(args, kwargs)
+            for index, tensor in self.reads[name]:
+                self._see(tensor, [t for t in operands if isinstance(t, Tensor)][index])
+        output = function(*args, **kwargs)
+        self._made(name, output)
+        return output
+
+    def compute_module(self, name: str, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        given = [*tensors(args), *tensors(dict(kwargs))]
+        for index, tensor in self.reads.get(name, ()):
+            self._see(tensor, given[index])
+        output = inner(*args, **kwargs)
+        self._made(name, output)
+        return output
+
+    def _made(self, name: str, output: Any) -> None:
+        wanted = self.writes.get(name)
+        if wanted:
+            made = list(tensors(output))
+            for index, tensor in wanted:
+                self._see(tensor, made[index])
+
+    def _see(self, tensor: str, value: Tensor) -> None:
+        try:
+            self.statistics[tensor].update(value)
+        except NonFiniteError as error:
+            raise CalibrationError(
+                f"the tensor {tensor!r} holds {error} on the calibration data; the model must be finite in float before "
+                "it can be quantized (check its weights and the scaling of its inputs)"
+            ) from None
+
+
+def calibrate(
+    net: Network,
+    wanted: Iterable[tuple[str, Format]],
+    data: Any,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, TensorStatistics]:
+    """Statistics of each wanted tensor over ``data`` (items ``(inputs, target)``), in eval mode, without gradients.
+
+    Memory does not grow with the number of samples. Statistics that the record already holds are kept and only the
+    missing ones collected. Raises ``CalibrationError`` for NaN or infinite activations.
+    """
+    known: dict[str, TensorStatistics] = dict(net.record.statistics)
+    needed: dict[str, bool] = {}
+    for tensor, fmt in wanted:
+        histogram = fmt.range.needs_histogram
+        have = known.get(tensor)
+        if have is None or (histogram and have.histogram is None):
+            needed[tensor] = needed.get(tensor, False) or histogram
+    if not needed:
+        return known
+    fresh = {tensor: TensorStatistics(histogram=histogram) for tensor, histogram in needed.items()}
+    replica = duplicate(net.model).eval()
+    instrument(replica, _Observer(net, fresh), net.modules)
+    with torch.no_grad():
+        for done, (inputs, _) in enumerate(items(data, "calibration"), start=1):
+            call(replica, inputs, net.forward)
+            if progress is not None:
+                progress(done)
+    unseen = [tensor for tensor, statistics in fresh.items() if not statistics.count]
+    if unseen:
+        raise CalibrationError(
+            f"the calibration data never reached {', '.join(unseen[:5])}: the model took another branch than on the "
+            "example; give calibration data like the example"
+        )
+    return {**known, **fresh}
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raise if a parameter or buffer is NaN or infinite, naming it."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CalibrationError(f"the weight {name!r} holds NaN or infinity; mend the checkpoint first")

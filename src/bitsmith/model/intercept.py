@@ -1,0 +1,275 @@
+"""Seeing every operation of a running model, and knowing where in the model it is.
+
+``instrument`` prepares a copy of a model: while its forward runs, a ``TorchFunctionMode`` hands each call to a
+*handler* together with the :class:`Scope` of the module that is executing. Modules that are run outside the root's
+forward (activation checkpointing recomputes that way, and users call submodules) enter the mode by themselves.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from ..operations import BY_FUNCTION
+
+CHILD = "_bitsmith"
+"""The child module that holds everything an applied plan adds."""
+
+Position = tuple[tuple[int, int], ...]
+
+
+class InterceptionError(RuntimeError):
+    """The model cannot be seen: what hides it, and what to do."""
+
+
+class Handler(Protocol):
+    """What decides about the calls of one instrumented model. ``deepcopy`` of the model copies it along."""
+
+    sees_all: bool
+
+    def call(self, scope: Scope, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any: ...
+
+    def module_call(self, path: str, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any: ...
+
+    def begin(self) -> None: ...
+
+
+class Scope:
+    """One execution of one module: its path and how many calls of its own were seen (for compiled replay)."""
+
+    __slots__ = ("checkpointed", "path", "sequence")
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.sequence = 0
+        self.checkpointed = _saved_tensor_hooks()
+
+
+class Interceptor:
+    """Shared by the hooks of one instrumented model."""
+
+    def __init__(self, handler: Handler) -> None:
+        self.handler = handler
+
+
+class _Mode(TorchFunctionMode):
+    def __init__(self, interceptor: Interceptor) -> None:
+        super().__init__()
+        self.interceptor = interceptor
+        self.scopes: list[Scope] = []
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        handler = self.interceptor.handler
+        if handler.sees_all or func in BY_FUNCTION:
+            return handler.call(self.scopes[-1], func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+
+_threads = threading.local()
+
+
+def _modes() -> list[_Mode]:
+    modes: list[_Mode] | None = getattr(_threads, "modes", None)
+    if modes is None:
+        modes = _threads.modes = []
+    return modes
+
+
+def within(path: str, run: Callable[[], Any]) -> Any:
+    """Run ``run`` with the mode on again, as if the module ``path`` were executing (for decompositions)."""
+    mode = _modes()[-1]
+    mode.scopes.append(Scope(path))
+    try:
+        with mode:
+            return run()
+    finally:
+        mode.scopes.pop()
+
+
+def nested(name: str, run: Callable[[], Any]) -> Any:
+    """Inside a decomposition: run ``run`` as if a submodule ``name`` of the executing one were executing.
+
+    Needed where one line of a decomposition computes with several weights.
+    """
+    mode = _modes()[-1]
+    mode.scopes.append(Scope(f"{mode.scopes[-1].path}.{name}"))
+    try:
+        return run()
+    finally:
+        mode.scopes.pop()
+
+
+class _Enter:
+    """Forward pre-hook of one submodule."""
+
+    def __init__(self, interceptor: Interceptor, path: str) -> None:
+        self.interceptor = interceptor
+        self.path = path
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        modes = _modes()
+        if not modes or modes[-1].interceptor is not self.interceptor:
+            # run outside the root's forward: recomputation of a checkpoint, or the user's own call
+            mode = _Mode(self.interceptor)
+            modes.append(mode)
+            mode.__enter__()
+        modes[-1].scopes.append(Scope(self.path))
+
+
+class _Leave:
+    """Forward hook of one submodule, called even if the forward raised."""
+
+    def __init__(self, interceptor: Interceptor) -> None:
+        self.interceptor = interceptor
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        modes = _modes()
+        if not modes or modes[-1].interceptor is not self.interceptor:
+            return
+        mode = modes[-1]
+        mode.scopes.pop()
+        if not mode.scopes:
+            modes.pop()
+            mode.__exit__(None, None, None)
+
+
+def run_root(interceptor: Interceptor, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """One top-level forward under the mode."""
+    modes = _modes()
+    mode = _Mode(interceptor)
+    mode.scopes.append(Scope(""))
+    modes.append(mode)
+    interceptor.handler.begin()
+    try:
+        with mode:
+            return forward(*args, **kwargs)
+    finally:
+        # whatever was left open by an exception is closed with it
+        while modes.pop() is not mode:
+            pass
+
+
+def _root_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return run_root(self.__dict__["_interceptor"], functools.partial(original, self), args, kwargs)
+
+    return forward
+
+
+def _module_forward(original: Callable[..., Any], path: str) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        modes = _modes()
+        inner = functools.partial(original, self)
+        return modes[-1].interceptor.handler.module_call(path, inner, args, kwargs)
+
+    return forward
+
+
+def instrument(model: nn.Module, handler: Handler, modules: tuple[str, ...] = ()) -> Interceptor:
+    """Prepare ``model`` (a copy that may be changed): its forward and its submodules' report to ``handler``.
+
+    ``modules``: paths of modules that are sites as a whole.
+
+    Raises ``InterceptionError`` for TorchScript modules: their operations run in C++ and cannot be seen.
+    """
+    interceptor = Interceptor(handler)
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            where = f"the submodule {path!r}" if path else "the model"
+            raise InterceptionError(
+                f"{where} is a TorchScript module ({type(module).__name__}): its operations run in C++ and cannot be "
+                "intercepted; give the original nn.Module"
+            )
+        if path and path.partition(".")[0] != CHILD:
+            module.register_forward_pre_hook(_Enter(interceptor, path), prepend=True)
+            module.register_forward_hook(_Leave(interceptor), always_call=True)
+        if path in modules:
+            module.forward = types.MethodType(_module_forward(type(module).forward, path), module)
+    model.__dict__["_interceptor"] = interceptor
+    model.forward = types.MethodType(_root_forward(_class_forward(model)), model)
+    return interceptor
+
+
+def _class_forward(model: nn.Module) -> Callable[..., Any]:
+    own = model.__dict__.get("forward")
+    if own is not None:  # an instance-level forward of the user's
+        return own.__func__ if isinstance(own, types.MethodType) else _without_self(own)
+    return type(model).forward
+
+
+def _without_self(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return forward
+
+
+def _boundaries() -> frozenset[types.CodeType]:
+    """Code of the frames that separate a module's forward from whoever called the module."""
+    call = nn.Module._call_impl.__code__
+    inner = [c for c in call.co_consts if isinstance(c, types.CodeType) and c.co_name == "inner"]
+    return frozenset((call, run_root.__code__, within.__code__, nested.__code__, *inner))
+
+
+_BOUNDARIES = _boundaries()
+_BOUNDARY_IDS = frozenset(map(id, _BOUNDARIES))  # hashing a code object reads all of it
+_OWN = _Mode.__torch_function__.__code__
+
+
+def position() -> Position:
+    """Where in the executing module's forward the current call is: code and instruction of every frame up to it."""
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not _OWN:
+        frame = frame.f_back
+    frame = frame.f_back if frame is not None else None
+    found: list[tuple[int, int]] = []
+    while frame is not None and id(frame.f_code) not in _BOUNDARY_IDS:
+        found.append((id(frame.f_code), frame.f_lasti))
+        frame = frame.f_back
+    return tuple(found)
+
+
+def where() -> str:
+    """The user's line of the current call, for messages: ``file:line``."""
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not _OWN:
+        frame = frame.f_back
+    while frame is not None:
+        frame = frame.f_back
+        if frame is not None and "/torch/" not in frame.f_code.co_filename:
+            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    return "an unknown place"
+
+
+def _saved_tensor_hooks() -> bool:
+    """Whether saved-tensor hooks are active: non-reentrant activation checkpointing installs them."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def in_checkpointed_function(scope: Scope) -> bool:
+    """Whether the call is inside a *function* that is checkpointed within the executing module.
+
+    Its recomputation happens in no module, so it cannot be intercepted.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return False
+    return _saved_tensor_hooks() and not scope.checkpointed

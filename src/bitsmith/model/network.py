@@ -1,0 +1,123 @@
+"""A model prepared to be seen: recorded, and ready to be rebuilt under any plan."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..data import call
+from ..site import Record, Site, contains
+from .intercept import CHILD, InterceptionError, instrument
+from .locate import Locator
+from .record import Recorder, provisional, record
+
+Forward = Callable[[nn.Module, Any], Any]
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model (never changed), what one forward pass of it showed, and how its calls are named in replay.
+
+    ``expand``: site names given inside composites or as whole modules, which decided what was recorded.
+    """
+
+    model: nn.Module
+    record: Record
+    locator: Locator = field(repr=False)
+    forward: Forward | None = None
+    expand: frozenset[str] = frozenset()
+    modules: tuple[str, ...] = ()
+    example: Any = field(default=None, repr=False)
+
+    def with_statistics(self, statistics: Mapping[str, Any]) -> Network:
+        return replace(self, record=replace(self.record, statistics=statistics))
+
+
+def network(
+    model: nn.Module,
+    inputs: Any,
+    *,
+    forward: Forward | None = None,
+    names: Iterable[str] = (),
+    inside: bool = False,
+) -> Network:
+    """Record one forward pass of ``inputs`` through a copy of ``model``.
+
+    ``names``: sites that will be asked for; composites are seen inside where one of them lies inside, and a name that
+    is a module's path makes that module one site. ``inside=True`` shows the inside of every composite.
+
+    Raises ``ModelRunError`` if the model fails on the inputs, ``InterceptionError`` if nothing can be seen.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"a model must be a torch.nn.Module, not {type(model).__name__}")
+    if CHILD in dict(model.named_children()):
+        raise InterceptionError("this model already carries a plan (it came from bitsmith.apply); give the original model")
+    wanted = frozenset(names)
+    plain = _record(model, inputs, forward, (lambda name: True) if inside else (lambda name: False), ())
+    missing = {name for name in wanted if name not in plain.record.sites}
+    if not missing:
+        return replace(plain, expand=wanted)
+    paths = dict(model.named_modules())
+    modules = tuple(sorted(name for name in missing if name in paths and name))
+    again = _record(
+        model, inputs, forward, lambda name: inside or any(contains(name, wish) for wish in missing), modules
+    )
+    return replace(again, expand=wanted)
+
+
+def _record(
+    model: nn.Module, inputs: Any, forward: Forward | None, inside: Callable[[str], bool], modules: tuple[str, ...]
+) -> Network:
+    replica = duplicate(model)
+    locator = Locator()
+    recorder = Recorder(replica, locator, inside)
+    instrument(replica, recorder, modules)
+    found = record(replica, recorder, lambda: call(replica, inputs, forward), input_names(model, inputs))
+    return Network(model, found, locator, forward, modules=modules, example=inputs)
+
+
+def duplicate(model: nn.Module) -> nn.Module:
+    """A deep copy; a model that cannot be copied is an error that says why."""
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise InterceptionError(
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); Bitsmith never changes your "
+            "model, so it needs copy.deepcopy(model) to work: keep only leaf tensors and plain values on modules"
+        ) from error
+
+
+def input_names(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
+    """The input tensors under the names of the forward's parameters, or ``input``, ``input1``, ..."""
+    if isinstance(inputs, Mapping):
+        return {str(name): value for name, value in inputs.items() if isinstance(value, Tensor)}
+    given = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
+    try:
+        parameters = [
+            p.name
+            for p in inspect.signature(model.forward).parameters.values()
+            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        ]
+    except (TypeError, ValueError):
+        parameters = []
+    names = parameters[: len(given)] + [f"input{i}" for i in range(len(parameters), len(given))]
+    return {name: value for name, value in zip(names, given, strict=False) if isinstance(value, Tensor)}
+
+
+def sites(model: nn.Module, example: Any, *, forward: Forward | None = None, inside: bool = False) -> Mapping[str, Site]:
+    """The sites of a model in execution order, by name, with the data flow between them.
+
+    ``example``: inputs as in a loader's item: a tensor -> ``m(x)``, a tuple -> ``m(*x)``, a mapping -> ``m(**x)``.
+    ``inside=True`` also lists what composites (attention, LSTM) are made of. The model is not changed.
+
+    >>> import torch
+    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU())
+    >>> [(s.name, s.kind, s.macs) for s in sites(net, torch.zeros(2, 4)).values()]
+    [('0', 'linear', 24), ('1', 'relu', 0)]
+    """
+    return network(model, example, forward=forward, inside=inside).record.sites

@@ -1,0 +1,290 @@
+"""Int: uniform integer quantization of weights and activations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..numerics import dialect
+from ..numerics.ranges import weight_qparams
+from ..numerics.weights import dequantize_bias, fake_quantize_weight, integers_of
+from ..site import Format, Range, Record, Site
+from ..technique import Cell, No, Technique
+
+Granularity = Literal["tensor", "channel", "group"]
+
+_OUT_FIRST = ("conv1d", "conv2d", "conv3d", "linear", "embedding")
+_INT32_BIAS = ("conv1d", "conv2d", "conv3d", "linear")
+_FOLDING = _INT32_BIAS
+
+
+@dataclass(frozen=True)
+class Int(Technique):
+    """Uniform integer quantization (Jacob et al. 2018, arXiv:1712.05877, eq. 1: ``r = S (q - Z)``).
+
+    ``w``: weight bits, 2 to 8. ``a``: activation bits, 2 to 8 or 16, or None: weights only. Activations are affine
+    unless ``symmetric``, unsigned unless ``signed``; weights symmetric unless ``affine_weights``. ``granularity`` of
+    the weight scales: per ``tensor``, per output ``channel``, or per ``group`` of that many entries of the reduction
+    axis (axis 1). ``range``, ``weight_range``: how limits are chosen. ``out``: integer format of the output behind
+    its epilogue; runtimes that need one get it from ``target.adapt``.
+
+    >>> Int(8, 8)
+    Int(w=8, a=8)
+    >>> Int(4, None, granularity="group", group=32)
+    Int(w=4, a=None, granularity='group', group=32)
+    """
+
+    w: int = 8
+    a: int | None = 8
+    symmetric: bool = False
+    signed: bool = False
+    affine_weights: bool = False
+    granularity: Granularity = "channel"
+    group: int = 0
+    range: Range = Range()
+    weight_range: Range = Range()
+    out: Format | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.w, int) or not 2 <= self.w <= 8:
+            raise ValueError(f"Int(w={self.w!r}): weight bits must be 2 to 8; leave the site out of the plan for float")
+        if self.a is not None and not (2 <= self.a <= 8 or self.a == 16):
+            raise ValueError(f"Int(a={self.a!r}): activation bits must be 2 to 8, 16, or None for weights only")
+        if self.granularity not in ("tensor", "channel", "group"):
+            raise ValueError(f"Int(granularity={self.granularity!r}): must be 'tensor', 'channel' or 'group'")
+        if (self.granularity == "group") != (self.group > 0):
+            raise ValueError("Int: granularity='group' and group=N (above 0) go together")
+
+    def __repr__(self) -> str:
+        changed = [
+            f"{name}={getattr(self, name)!r}"
+            for name, default in _DEFAULTS.items()
+            if name in ("w", "a") or getattr(self, name) != default
+        ]
+        return f"Int({', '.join(changed)})"
+
+    def fits(self, site: Site) -> bool | No:
+        if site.role != "integer":
+            return No(f"{site.kind} is computed in float; its inside can be planned" if site.role == "composite" else
+                      f"{site.kind} is computed in float")
+        weight = site.weight
+        if self.a is None and weight is None:
+            return No("it has no weight, and Int(a=None) quantizes weights only")
+        if self.granularity == "group" and weight is not None:
+            if len(weight.shape) < 2 or site.kind not in _OUT_FIRST:
+                return No(f"weights of {site.kind} have no groups along axis 1")
+            if weight.shape[1] % self.group:
+                return No(f"the reduction axis has {weight.shape[1]} entries, not a multiple of group={self.group}")
+        return True
+
+    def reads(self, site: Site) -> tuple[Format | None, ...]:
+        if self.a is None:
+            return (None,) * len(site.operands)
+        fmt = Format(self.a, self.signed, self.symmetric, self.range)
+        return tuple(fmt if o.floating and not o.constant else None for o in site.operands)
+
+    def writes(self, site: Site) -> Format | None:
+        return self.out
+
+    def form(self, site: Site) -> str:
+        return "dialect"
+
+    def bits(self, site: Site) -> float:
+        """Integers, one float32 scale per tensor, channel or group, and one byte per zero point if affine."""
+        weight = site.weight
+        if weight is None:
+            return 0.0
+        scales = 1
+        if self.granularity == "channel":
+            scales = weight.shape[_axis(site)]
+        elif self.granularity == "group":
+            scales = weight.numel // self.group
+        return weight.numel * self.w + scales * (32.0 + (8.0 if self.affine_weights else 0.0))
+
+    def build(self, site: Site, record: Record, rng: torch.Generator) -> Cell:
+        return _IntCell(site, self, record)
+
+
+_DEFAULTS: dict[str, Any] = {
+    name: field.default for name, field in Int.__dataclass_fields__.items()
+}
+
+
+def _axis(site: Site) -> int:
+    """The output-channel axis of the site's weight."""
+    weight = site.weight
+    assert weight is not None
+    if site.kind in _OUT_FIRST:
+        return 0
+    if site.kind.startswith("conv_transpose"):
+        return 1
+    # a matrix product: the axis of the weight that is not summed over
+    last = len(weight.shape) - 1
+    return last if site.operands.index(weight) == 1 else max(last - 1, 0)
+
+
+class _IntCell(Cell):
+    """Weights on their grid (folded with the normalisation behind, in eval), activations on theirs."""
+
+    def __init__(self, site: Site, technique: Int, record: Record) -> None:
+        super().__init__(site)
+        self.folds = site.kind in _FOLDING
+        self.format = Format(technique.w, signed=not technique.affine_weights, symmetric=not technique.affine_weights)
+        self.frozen = False
+        weight = site.weight
+        self.slot = site.operands.index(weight) if weight is not None else -1
+        self.axis: int | None = None
+        self._cache: tuple[Any, Tensor, Tensor | None] | None = None
+        self.int32_bias = site.kind in _INT32_BIAS and technique.a is not None and not technique.group
+        if weight is None:
+            return
+        self.axis = _axis(site) if technique.granularity != "tensor" else None
+        values = record.weights[site.name, self.slot].detach().float()
+        bias = record.biases.get(site.name)
+        if self.folds and site.fold is not None:
+            mean, variance, gamma, beta, eps = record.folds[site.name]
+            factor, shift = _fold(mean, variance, gamma, beta, eps)
+            values = values * _along(factor, values.dim())
+            bias = shift + (bias * factor if bias is not None else 0.0)
+        scale, zero_point = weight_qparams(
+            values, technique.w, not technique.affine_weights, self.axis, technique.group or None, technique.weight_range
+        )
+        self.weight_scale: Tensor
+        self.weight_zero_point: Tensor
+        self.register_buffer("weight_scale", scale)
+        self.register_buffer("weight_zero_point", zero_point)
+        self._first_bias = None if bias is None else bias.detach().float().abs()
+
+    def attach(self, quantizers: Any, at_read: tuple[bool, ...], norm: tuple[nn.Module, ...] = ()) -> None:
+        super().attach(quantizers, at_read, norm)
+        source = self._input_scale()
+        if source is not None and self.slot >= 0 and self._first_bias is not None:
+            # a dead channel's tiny scale would make its 32-bit bias overflow
+            floor = self._first_bias / (source * 2.0**30)
+            floor = floor if self.weight_scale.dim() else floor.max()
+            with torch.no_grad():
+                self.weight_scale.copy_(torch.maximum(self.weight_scale, floor))
+
+    def forward(self, *operands: Tensor, **rest: Any) -> Any:
+        given = [x if i == self.slot else self.read(i, x) for i, x in enumerate(operands)]
+        if self.slot >= 0:
+            given[self.slot], bias = self._weight_and_bias(operands[self.slot], rest.get("bias"))
+            if bias is not None or "bias" in rest:
+                rest["bias"] = bias
+        return self.op(*given, **rest)
+
+    # -- weights -------------------------------------------------------------------------------------------------
+
+    def _weight_and_bias(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if self.frozen:
+            return self._shipped(bias)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._simulated(weight, bias)
+        key = tuple(
+            (id(t), t._version if not t.is_inference() else 0, t.dtype)
+            for t in (weight, bias, self.weight_scale, self._input_scale(), *self._statistics())
+            if t is not None
+        )
+        if self._cache is None or self._cache[0] != key:
+            self._cache = (key, *self._simulated(weight, bias))
+        return self._cache[1], self._cache[2]
+
+    def train(self, mode: bool = True) -> _IntCell:
+        self._cache = None
+        super().train(mode)
+        return self
+
+    def _statistics(self) -> tuple[Any, ...]:
+        if not self.norm:
+            return ()
+        module: Any = self.norm[0]
+        return module.running_mean, module.running_var, module.weight, module.bias
+
+    def _simulated(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if not self.norm:
+            return self._on_grid(weight), self._bias_on_grid(bias)
+        module: Any = self.norm[0]
+        factor, shift = _fold(*self._statistics(), module.eps)
+        along = _along(factor, weight.dim())
+        folded = self._on_grid(weight * along)
+        if module.training:
+            # the normalisation itself runs, on what the grid of the folded weights makes of these weights
+            safe = torch.where(along == 0, torch.ones_like(along), along)
+            return folded / safe, bias
+        return folded, self._bias_on_grid(shift + bias * factor if bias is not None else shift)
+
+    def _on_grid(self, weight: Tensor) -> Tensor:
+        return fake_quantize_weight(weight, self.weight_scale, self.weight_zero_point, self.axis, self.format)
+
+    def _input_scale(self) -> Tensor | None:
+        """Scale of the activation, where bias is a 32-bit integer in units of input scale x weight scale."""
+        if not self.int32_bias:
+            return None
+        quantizer = next((q for q in self.quantizers if q is not None), None)
+        return quantizer.scale if quantizer is not None else None
+
+    def _bias_on_grid(self, bias: Tensor | None) -> Tensor | None:
+        source = self._input_scale()
+        if bias is None or source is None:
+            return bias
+        step = self.weight_scale * source
+        rounded = torch.round(bias.detach() / step).clamp(-(2.0**31), 2.0**31 - 1) * step
+        return bias + (rounded - bias.detach())
+
+    # -- export --------------------------------------------------------------------------------------------------
+
+    def materialise(self) -> None:
+        if self.slot < 0:
+            return
+        if self._cache is None:
+            raise RuntimeError(f"{self.site}: run the network once in eval before it is materialised")
+        _, weight, bias = self._cache
+        integers = integers_of(weight, self.weight_scale, self.weight_zero_point, self.axis, self.format)
+        self.weight_name = "weight_q4" if self.format.bits <= 4 else "weight_q"
+        self.register_buffer(self.weight_name, integers)
+        self.has_bias = bias is not None
+        source = self._input_scale()
+        self.integer_bias = bias is not None and source is not None
+        if bias is not None and source is not None:
+            step = (self.weight_scale * source).detach()
+            step = step if step.dim() else step.expand(bias.shape[0]).contiguous()
+            self.register_buffer("bias_scale", step)
+            self.register_buffer("bias_q", torch.round(bias.double() / step.double()).to(torch.int32))
+            self.register_buffer("bias_zero_point", torch.zeros(bias.shape[0], dtype=torch.int64))
+        elif bias is not None:
+            self.register_buffer("bias_f", bias.detach().clone())
+        self._cache = None
+        self.frozen = True
+
+    def _shipped(self, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        weight = dialect.dequantize_weight(
+            self._shipped_buffer(self.weight_name), self.weight_scale, self.weight_zero_point, self.axis, self.format.bits
+        )
+        if not self.has_bias:
+            return weight, None
+        if not self.integer_bias:
+            return weight, self._shipped_buffer("bias_f")
+        return weight, dequantize_bias(
+            self._shipped_buffer("bias_q"), self._shipped_buffer("bias_scale"), self._shipped_buffer("bias_zero_point")
+        )
+
+    def _shipped_buffer(self, name: str) -> Tensor:
+        return self.get_buffer(name)
+
+
+def _along(factor: Tensor, dims: int) -> Tensor:
+    return factor.reshape(-1, *([1] * (dims - 1)))
+
+
+def _fold(
+    mean: Tensor, variance: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """``(factor, shift)`` of a batch normalisation in eval: ``y = x * factor + shift`` (Ioffe and Szegedy 2015)."""
+    factor = torch.rsqrt(variance + eps)
+    if gamma is not None:
+        factor = factor * gamma
+    shift = -mean * factor
+    return factor, shift if beta is None else shift + beta
