@@ -152,6 +152,7 @@ def test_sorting_and_filtering_in_a_browser(report: Report, tmp_path: Path) -> N
       const seen = {};
       for (const name of ["Loss", "SQNR", "Weights", "Site"]) { button(name).click(); seen[name] = names(); }
       button("Loss").click(); button("Loss").click(); seen.ascending = names();
+      button("Weights").click(); button("Weights").click(); seen.blanks = names();
       document.querySelector("#only").click(); seen.only = names();
       const out = document.createElement("output"); out.textContent = JSON.stringify(seen); document.body.append(out);
     </script></body>"""
@@ -175,6 +176,7 @@ def test_sorting_and_filtering_in_a_browser(report: Report, tmp_path: Path) -> N
     assert seen["Loss"] == ordered("loss", -1)
     assert seen["SQNR"] == ordered("sqnr_db", -1)  # the infinite one first
     assert seen["Weights"] == ordered("bytes", -1)  # blanks last
+    assert seen["blanks"] == ordered("bytes", 1)  # blanks last this way round too
     assert seen["ascending"] == ordered("loss", 1)
     assert seen["Site"] != ordered("loss", -1)
     assert sorted(seen["Site"]) == sorted(row.site for row in report.sites)

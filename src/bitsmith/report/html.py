@@ -96,7 +96,7 @@ def _said(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return text.number(value, 4)
+        return f"{value:.4g}" if math.isfinite(value) else text.number(value)
     if isinstance(value, Mapping):
         return ", ".join(f"{_words(key)} {_said(item)}" for key, item in value.items()) or text.NOTHING
     if isinstance(value, (list, tuple)):

@@ -28,6 +28,18 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:.{max(0, digits - 1 - math.floor(math.log10(size)))}f}"
 
 
+def count(value: float | None) -> str:
+    """A large count with a decimal prefix.
+
+    >>> count(4_880_000), count(12), count(3.2e9)
+    ('4.88 M', '12', '3.20 G')
+    """
+    for prefix, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value is not None and value >= scale:
+            return f"{number(value / scale)} {prefix}"
+    return NOTHING if value is None else f"{value:.0f}"
+
+
 def size(count: float | None) -> str:
     """Bytes in B, KiB (2^10) or MiB (2^20).
 
