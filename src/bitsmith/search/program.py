@@ -133,9 +133,10 @@ class Program:
         return self.point(choice)
 
     def _span(self, quantity: str) -> float:
-        """The greatest difference that decisions can make, for scaling; 1 if they make none."""
+        """The greatest difference that decisions can make, for scaling; 1 if there is none."""
         costs = self._costs[quantity]
-        return sum(float(np.ptp(costs[block])) for block in self._blocks) or 1.0
+        span = sum(float(np.ptp(costs[block])) for block in self._blocks)
+        return span if span > 1e-12 else 1.0
 
     def _place_edges(self) -> tuple[Vector, float, list[_Pair]]:
         """Edge costs that one decision settles go to its options; the rest become pairs."""
