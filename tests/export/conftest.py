@@ -48,6 +48,7 @@ class Computation(nn.Module):
         self.high = 2 ** (bits - 1) - 1
         self.name = "weight_q4" if bits == 4 else "weight_q"
         self.weighted, self.bias = weight is not None, bias
+        self.integer_bias = bias is not None and bool(quantizers) and quantizers[0] is not None and not group
         if weight is not None:
             rows = weight.reshape(-1, group) if group else weight.flatten(1)
             scale = rows.abs().amax(1).clamp(min=1e-8) / self.high
@@ -55,6 +56,10 @@ class Computation(nn.Module):
             self.register_buffer("scale", scale.reshape(len(weight), -1) if group else scale)
             self.register_buffer("zeros", torch.zeros(self.scale.shape, dtype=torch.int64))
             self.register_buffer(self.name, integers.reshape(weight.shape).to(torch.int8))
+            if self.integer_bias:
+                step = scale * quantizers[0].scale
+                self.register_buffer("bias_scale", step)
+                self.register_buffer("bias_q", torch.round(bias.double() / step.double()).to(torch.int32))
 
     def forward(self, *operands: Tensor) -> Tensor:
         read = [
@@ -70,7 +75,12 @@ class Computation(nn.Module):
             )
         else:
             weight = DECOMPOSED.dequantize_per_channel(integers, self.scale, self.zeros, 0, low, self.high, torch.int8)
-        return self.function(*read, weight, self.bias)
+        bias = self.bias
+        if self.integer_bias:
+            bias = DECOMPOSED.dequantize_per_channel(
+                self.bias_q, self.bias_scale, self.zeros, 0, -(2**31), 2**31 - 1, torch.int32
+            )
+        return self.function(*read, weight, bias)
 
 
 class Network(nn.Module):

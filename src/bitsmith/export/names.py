@@ -11,31 +11,10 @@ import ast
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ..model.keys import decode_key
+
 CELLS = "_bitsmith.cells."
 TENSORS = "_bitsmith.tensors."
-
-
-def encode_key(name: str) -> str:
-    """A site's or tensor's name as the name of a child module, which may hold no dot.
-
-    >>> encode_key("layer1.0:add"), decode_key(encode_key("a/b.c~"))
-    ('layer1/0:add', 'a/b.c~')
-    """
-    return name.replace("~", "~0").replace("/", "~1").replace(".", "/")
-
-
-def decode_key(key: str) -> str:
-    """The inverse of :func:`encode_key`."""
-    return key.replace("/", ".").replace("~1", "/").replace("~0", "~")
-
-
-def tensor_key(tensor: str, format: str) -> str:
-    """The child module's name of the quantizer of ``tensor`` in ``format``.
-
-    >>> tensor_key("layer1.0:relu", "u8")
-    'layer1/0:relu|u8'
-    """
-    return f"{encode_key(tensor)}|{format}"
 
 
 @dataclass(frozen=True)

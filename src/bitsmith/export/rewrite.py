@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -51,9 +51,19 @@ def initializer(graph: ir.Graph, name: str, array: Array, dtype: ir.DataType | N
 
 
 def replace(old: ir.Value, new: ir.Value) -> bool:
-    """Let all readers of ``old`` read ``new``. A graph output keeps its name: then nothing is done and it is False."""
+    """Let all readers of ``old`` read ``new``; a graph output keeps its name.
+
+    False, and nothing done, if ``old`` is a graph output and ``new`` cannot take its name (input, initializer, output).
+    """
+    node = old.producer()
     if old.is_graph_output():
-        return False
+        if node is None or node.graph is None or new.producer() is None or new.is_graph_output():
+            return False
+        outputs, name = node.graph.outputs, old.name
+        old.name, new.name = f"{name}.replaced", name
+        for index, value in enumerate(outputs):
+            if value is old:
+                outputs[index] = new
     old.replace_all_uses_with(new)
     return True
 
@@ -70,7 +80,7 @@ def remove_unused(graph: ir.Graph) -> None:
 
 def same_parameters(a: ir.Node, b: ir.Node) -> bool:
     """Whether two quantizing or dequantizing nodes have equal constant parameters, axis and block size."""
-    if _attributes(a) != _attributes(b) or len(a.inputs) != len(b.inputs):
+    if attributes(a) != attributes(b) or len(a.inputs) != len(b.inputs):
         return False
     for left, right in zip(a.inputs[1:], b.inputs[1:], strict=True):
         if left is right:
@@ -122,9 +132,9 @@ def fold_weight_transposes(graph: ir.Graph) -> None:
             if value is not None and array is not None and array.ndim == 2:
                 value = initializer(graph, f"{value.name}.T", np.ascontiguousarray(array.T), value.dtype)
             parameters.append(value)
-        attributes = _attributes(inner)
-        axis = attributes.get("axis", 1) % 2
-        made = _node(DEQUANTIZE, [turned, *parameters], node, {**attributes, "axis": 1 - axis})
+        given = attributes(inner)
+        axis = given.get("axis", 1) % 2
+        made = replacement(DEQUANTIZE, [turned, *parameters], node, {**given, "axis": 1 - axis})
         graph.insert_before(node, made)
         replace(node.outputs[0], made.outputs[0])
 
@@ -132,8 +142,7 @@ def fold_weight_transposes(graph: ir.Graph) -> None:
 def drop_implied_clips(graph: ir.Graph) -> None:
     """Remove a Relu or Clip that is read only by quantizers whose saturation implies it.
 
-    A bound ``b`` is implied if everything beyond it already saturates: ``b / s + z`` lies beyond the last half step
-    (``b / s + z < qmin + 1/2`` below, ``> qmax - 1/2`` above).
+    Quantizing is monotone, so a bound is implied exactly if it is itself quantized to the first (last) integer.
     """
     for node in list(graph):
         if node.op_type not in ("Relu", "Clip") or node.outputs[0].is_graph_output() or node.inputs[0] is None:
@@ -172,8 +181,9 @@ def _saturates(quantizer: ir.Node, low: float, high: float) -> bool:
         if clip[0] is None or clip[1] is None or len(quantizer.outputs[0].uses()) > 1:
             break
         least, greatest = max(least, int(clip[0])), min(greatest, int(clip[1]))
-    at = float(zero.item())
-    return low / float(scale.item()) + at < least + 0.5 and high / float(scale.item()) + at > greatest - 0.5
+    step, at = np.float32(scale.item()), float(zero.item())
+    below, above = (float(np.rint(np.float32(bound) / step)) + at for bound in (low, high))
+    return below <= least and above >= greatest
 
 
 def pack_int4(graph: ir.Graph) -> None:
@@ -204,14 +214,15 @@ def _as_int4(graph: ir.Graph, value: ir.Value, array: Array) -> ir.Value:
     return initializer(graph, f"{value.name}.int4", array.astype(ml_dtypes.int4), ir.DataType.INT4)
 
 
-def _attributes(node: ir.Node) -> dict[str, Any]:
+def attributes(node: ir.Node) -> dict[str, Any]:
+    """The node's attributes by name, those of quantizers without their defaults."""
     defaults = {"axis": 1, "block_size": 0, "saturate": 1, "output_dtype": 0, "precision": 0}
     given = {name: attribute.value for name, attribute in node.attributes.items()}
     return {name: value for name, value in given.items() if value != defaults.get(name)}
 
 
-def _node(
-    op_type: str, inputs: list[ir.Value | None], like: ir.Node, attributes: dict[str, Any] | None = None
+def replacement(
+    op_type: str, inputs: Sequence[ir.Value | None], like: ir.Node, attributes: dict[str, Any] | None = None
 ) -> ir.Node:
     """A node in the place of ``like``: its output's name, shape and type, its origin."""
     import onnx_ir as ir
