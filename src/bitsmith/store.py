@@ -176,8 +176,7 @@ class Store:
         """Check what is there, and make the table in a new file."""
         damage = [row[0] for row in database.execute("PRAGMA quick_check(1)")]
         if damage != ["ok"]:
-            raise StoreError(self._advice(f"is damaged ({damage[0]})"))
-        # taken even if there is nothing to make: says now, not after hours of measuring, that nothing can be written
+            raise StoreError(self._advice(f"is damaged ({' '.join(damage[0].split())})"))
         database.execute("BEGIN IMMEDIATE")
         try:
             application = database.execute("PRAGMA application_id").fetchone()[0]
@@ -196,7 +195,8 @@ class Store:
                     "value TEXT NOT NULL, UNIQUE (kind, hash))"
                 )
                 database.execute(f"PRAGMA application_id = {_APPLICATION}")
-                database.execute(f"PRAGMA user_version = {SCHEMA}")
+            # written even if it is there: says now, not after hours of measuring, that nothing can be written
+            database.execute(f"PRAGMA user_version = {SCHEMA}")
             database.execute("COMMIT")
         except BaseException:
             if database.in_transaction:

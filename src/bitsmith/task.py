@@ -244,7 +244,7 @@ def mean_loss(model: Any, task: Task, split: Split = "calibration") -> float:
                 raise TaskError(
                     f"loss(output, target) returned {describe(loss)}; one number was expected (reduction='mean')"
                 )
-            value = float(loss)
+            value = float(loss.detach())
             if not math.isfinite(value):
                 raise NonFiniteError(f"{split} item {index}: the loss is {value}")
             size = len(target) if isinstance(target, Tensor) else batch_size(inputs)
