@@ -1,0 +1,159 @@
+"""The quantizer of one activation tensor: one number format, one scale, one zero point."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..site import Format
+from . import dialect
+
+# scale, zero point, 1 / scale, least and greatest level relative to the zero point
+_Constants = tuple[float, int, float, int, int]
+
+
+class Quantizer(nn.Module):
+    """Rounds a tensor to an integer format and back; any shape, float32/bfloat16/float16 in, float32 out.
+
+    Under ``torch.export`` and ``torch.compile`` it is the reference dialect with constants; in eager it is the same
+    arithmetic done in place, bit for bit. The gradient is straight-through: 1 where the level is inside the range, 0
+    where it is clipped.
+
+    ``scale`` (float32) and ``zero_point`` (int32) are buffers of shape (), for the state dict. Change them by
+    :meth:`set` or ``load_state_dict``, never in place: what computes is a Python copy.
+
+    Several cells may read one tensor through one quantizer, so the last output is handed out again to who asks with
+    the same, unchanged tensor. By default only while somebody else keeps that output alive. With ``shared = True`` it
+    is kept as long as its input lives, which is right if memory under the input is not rewritten behind torch's back
+    (a numpy array) or :meth:`reset` is called between. Outputs with a gradient are never handed out twice
+    (activation checkpointing counts what each call saves).
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    shared: bool
+    _constants: _Constants
+    # (input, its version, output, its version, constants); a class attribute, so that a copy starts without one
+    _memo: tuple[weakref.ref[Tensor], int, weakref.ref[Tensor] | list[Tensor], int, _Constants] | None = None
+
+    def __init__(self, fmt: Format, scale: float, zero_point: int) -> None:
+        super().__init__()
+        dialect.load()
+        self.fmt = fmt
+        self.shared = False
+        self.register_buffer("scale", torch.tensor(1.0, dtype=torch.float32))
+        self.register_buffer("zero_point", torch.tensor(0, dtype=torch.int32))
+        self.set(scale, zero_point)
+
+    def set(self, scale: float, zero_point: int) -> None:
+        """Change both; ``scale`` is rounded to float32. Raises ``ValueError`` on an impossible scale or zero point."""
+        constants = _constants(self.fmt, scale, zero_point)
+        self.scale = torch.tensor(constants[0], dtype=torch.float32, device=self.scale.device)
+        self.zero_point = torch.tensor(constants[1], dtype=torch.int32, device=self.zero_point.device)
+        self._constants = constants
+
+    def reset(self) -> None:
+        """Forget the last output."""
+        self.__dict__.pop("_memo", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        constants = self._constants
+        scale, zero_point = constants[:2]
+        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise TypeError(
+                f"Quantizer takes float32, bfloat16 or float16, got {x.dtype}; convert the model by .float()"
+            )
+        trains = x.requires_grad and torch.is_grad_enabled()
+        if torch.compiler.is_compiling():
+            if trains and not torch.compiler.is_exporting():
+                x = x.to(torch.float32)
+                return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, *self.fmt.levels)
+            return dialect.quantize_dequantize(x, scale, zero_point, self.fmt)
+        if trains:
+            result: Tensor = _StraightThrough.apply(x.to(torch.float32), constants)[0]  # type: ignore[no-untyped-call]
+            return result
+        if x.is_inference():  # has no version to tell whether it changed
+            return _compute(x, constants)
+        memo = self._memo
+        if memo is not None and memo[0]() is x and memo[1] == x._version and memo[4] is constants:
+            kept = memo[2]() if isinstance(memo[2], weakref.ref) else memo[2][0]
+            if kept is not None and kept._version == memo[3]:
+                return kept
+        output = _compute(x, constants)
+        if output.is_inference():
+            return output
+        if self.shared:
+            box = [output]
+            # the box is emptied when the input dies; nobody can then ask for it
+            memo = (weakref.ref(x, lambda _: box.clear()), x._version, box, output._version, constants)
+        else:
+            memo = (weakref.ref(x), x._version, weakref.ref(output), output._version, constants)
+        self.__dict__["_memo"] = (
+            memo  # nn.Module.__setattr__ would cost more than the rest; one store, so threads agree
+        )
+        return output
+
+    def integers(self, x: Tensor) -> Tensor:
+        """The integers that stand for ``x``: same shape, type by :func:`~.dialect.storage`."""
+        return dialect.quantize(x.detach(), self._constants[0], self._constants[1], self.fmt)
+
+    def extra_repr(self) -> str:
+        return f"{self.fmt}, scale={self._constants[0]:.6g}, zero_point={self._constants[1]}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_memo"}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Quantizer:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # .half() must not round the scale
+        self.scale = torch.tensor(self._constants[0], dtype=torch.float32, device=self.scale.device)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.set(float(self.scale), int(self.zero_point))
+
+
+def _constants(fmt: Format, scale: float, zero_point: int) -> _Constants:
+    low, high = fmt.levels
+    scale = float(torch.tensor(scale, dtype=torch.float32)) if math.isfinite(scale) else scale
+    if not 2.0**-126 <= scale < math.inf:
+        raise ValueError(f"Quantizer(scale={scale}): must be positive, finite and no denormal number in float32")
+    if not low <= zero_point <= high or (fmt.symmetric and zero_point != 0):
+        raise ValueError(
+            f"Quantizer(zero_point={zero_point}): {fmt} has {'0 only' if fmt.symmetric else f'{low} to {high}'}"
+        )
+    return scale, int(zero_point), 1.0 / scale, low - zero_point, high - zero_point
+
+
+def _compute(x: Tensor, constants: _Constants) -> Tensor:
+    # Four vectorised passes in place: the dialect makes seven new tensors, fake_quantize is a scalar kernel. Blocks
+    # that fit the cache gain 1.4x more on one thread, but lose 20x on two when other processes share the cores.
+    scale, _, inverse, low, high = constants
+    return torch.mul(x.to(torch.float32), inverse).round_().clamp_(low, high).mul_(scale)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The quantized values, and where the gradient passes (six times faster than fake_quantize forward)."""
+
+    @staticmethod
+    def forward(x: Tensor, constants: _Constants) -> tuple[Tensor, Tensor]:
+        scale, _, inverse, low, high = constants
+        level = torch.mul(x, inverse).round_()
+        clipped = level.clamp(low, high)
+        inside = clipped == level
+        return clipped.mul_(scale), inside
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None]:
+        (inside,) = ctx.saved_tensors
+        return gradient * inside, None
