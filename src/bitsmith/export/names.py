@@ -11,10 +11,24 @@ import ast
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..model.keys import decode_key
+from torch import nn
 
-CELLS = "_bitsmith.cells."
-TENSORS = "_bitsmith.tensors."
+from ..model.intercept import CHILD
+from ..model.keys import decode_key
+from ..site import contains
+
+CELLS = f"{CHILD}.cells."
+TENSORS = f"{CHILD}.tensors."
+
+
+def site_names(net: nn.Module) -> list[str]:
+    """The sites of an applied network in execution order, without those whose inside is computed instead."""
+    names = [decode_key(name[len(CELLS) :]) for name, _ in net.named_modules() if _is_cell(name)]
+    return [name for name in names if not any(contains(name, other) for other in names)]
+
+
+def _is_cell(path: str) -> bool:
+    return path.startswith(CELLS) and "." not in path[len(CELLS) :]
 
 
 @dataclass(frozen=True)

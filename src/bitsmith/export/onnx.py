@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 SCOPES = "pkg.torch.onnx.name_scopes"
-_SITES = "bitsmith.sites"
+_OWNER = "bitsmith.site"
 
 
 def to_onnx(program: ExportedProgram, opset: int | None = None) -> onnx.ModelProto:
@@ -55,7 +54,7 @@ def to_onnx(program: ExportedProgram, opset: int | None = None) -> onnx.ModelPro
             raise ExportError(f"the network cannot be written as ONNX: {text.splitlines()[0]}") from error
     assert exported is not None
     model: onnx.ModelProto = exported.model_proto
-    _remember_sites(model)
+    _mark_absorbed(model, program)
     model = rewritten(
         model,
         merge_requantization,
@@ -78,28 +77,30 @@ def origin_of(metadata: Mapping[str, str]) -> Origin:
     return parse_scopes(metadata.get(SCOPES, ""))
 
 
-def site_map(model: onnx.ModelProto) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
-    """``nodes``: site -> its nodes' names, empty if it left none. ``values``: tensor -> name of its float value.
+def site_map(model: onnx.ModelProto, sites: Iterable[str] = ()) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
+    """``nodes``: site -> its nodes' names. ``values``: tensor -> name of its float value in the file.
 
-    A tensor that is quantized is the value behind its DequantizeLinear; ``@x`` is the graph input ``x``.
+    Every one of ``sites`` is in ``nodes``, with none if it left none. A tensor that is quantized is the value behind
+    its DequantizeLinear; ``@x`` is the graph input ``x``.
     """
     graph = model.graph
-    nodes: dict[str, list[str]] = {site: [] for site in _remembered(model)}
+    nodes: dict[str, list[str]] = {site: [] for site in sites}
     values = {f"@{value.name}": value.name for value in graph.input}
     written: dict[str, str] = {}
     converted: dict[str, str] = {}
-    origins = [origin_of({entry.key: entry.value for entry in node.metadata_props}) for node in graph.node]
+    metadata = [{entry.key: entry.value for entry in node.metadata_props} for node in graph.node]
+    origins = [origin_of(notes) for notes in metadata]
     readers: dict[str, list[int]] = {}
     for index, node in enumerate(graph.node):
         for name in node.input:
             readers.setdefault(name, []).append(index)
     outputs = {value.name for value in graph.output}
-    for node, origin in zip(graph.node, origins, strict=True):
+    for node, origin, notes in zip(graph.node, origins, metadata, strict=True):
         if origin.tensor and node.op_type == DEQUANTIZE:
             converted.setdefault(origin.tensor, node.output[0])
         if not origin.site:
             continue
-        nodes.setdefault(origin.site, []).append(node.name)
+        nodes.setdefault(notes.get(_OWNER, origin.site), []).append(node.name)
         leaves = [
             name
             for name in node.output
@@ -127,32 +128,38 @@ def _opset(program: ExportedProgram) -> int:
     return 21 if small or wide or group else 20
 
 
-def _remember_sites(model: onnx.ModelProto) -> None:
-    """Note all sites in the file, in order: a rewriting may leave one without nodes."""
-    sites: dict[str, None] = {}
-    for node in model.graph.node:
-        site = origin_of({entry.key: entry.value for entry in node.metadata_props}).site
-        if site:
-            sites[site] = None
-    entry = model.metadata_props.add()
-    entry.key, entry.value = _SITES, json.dumps(list(sites))
+def _mark_absorbed(model: onnx.ModelProto, program: ExportedProgram) -> None:
+    """torch folds a normalisation into the layer before it and calls the result the normalisation's: note the layer.
 
-
-def _remembered(model: onnx.ModelProto) -> list[str]:
-    return next((json.loads(entry.value) for entry in model.metadata_props if entry.key == _SITES), [])
+    The value stays the normalisation's, for that is what it is.
+    """
+    layers: dict[str, str] = {}
+    for node in program.graph.nodes:
+        source = node.args[0] if node.args else None
+        if "batch_norm" in str(node.target) and isinstance(source, torch.fx.Node) and source.op == "call_function":
+            norm, layer = (
+                parse_scopes([*(path for path, _ in (n.meta.get("nn_module_stack") or {}).values()), n.name]).site
+                for n in (node, source)
+            )
+            if norm and layer:
+                layers[norm] = layer
+    for made in model.graph.node:
+        site = origin_of({entry.key: entry.value for entry in made.metadata_props}).site
+        if site in layers and made.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+            entry = made.metadata_props.add()
+            entry.key, entry.value = _OWNER, layers[site]
 
 
 def _name_nodes(graph: ir.Graph) -> None:
     counts: dict[str, int] = {}
     for node in graph:
         origin = origin_of(node.metadata_props)
-        owner = origin.site or origin.tensor or origin.path
+        owner = node.metadata_props.get(_OWNER) or origin.site or origin.tensor or origin.path
         kind = {QUANTIZE: f"Quantize.{origin.format}", DEQUANTIZE: f"Dequantize.{origin.format}"}.get(node.op_type)
         name = f"{owner}/{kind if kind and origin.tensor else node.op_type}".lstrip("/")
         counts[name] = counts.get(name, 0) + 1
         node.name = f"{name}.{counts[name] - 1}" if counts[name] > 1 else name
         # the other notes of the exporter hold source paths of this machine and triple the size of a small file
-        scopes = node.metadata_props.get(SCOPES)
+        kept = {key: node.metadata_props[key] for key in (SCOPES, _OWNER) if key in node.metadata_props}
         node.metadata_props.clear()
-        if scopes is not None:
-            node.metadata_props[SCOPES] = scopes
+        node.metadata_props.update(kept)

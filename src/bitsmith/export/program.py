@@ -12,6 +12,10 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from ..data import call
+from ..model.apply import materialised
+from ..model.intercept import CHILD
+
 
 class ExportError(RuntimeError):
     """A network that cannot be exported: which, why, what to do."""
@@ -35,6 +39,33 @@ def exported_program(net: nn.Module, example: Any, dynamic_batch: bool = False) 
                 f"{type(net).__name__} cannot be exported: {first}. Its forward pass must be a fixed graph for the "
                 "example: no branches on tensor values, no numpy, no in-place change of inputs"
             ) from error
+
+
+def applied_program(net: nn.Module, example: Any, batch: int | None = None) -> tuple[ExportedProgram, Any]:
+    """The program of an applied network with weights as they ship, and the example it was made with.
+
+    A network that carries no plan is exported as it is. ``batch`` replaces the example's first size.
+    """
+    if batch is not None:
+        example = with_batch(example, batch)
+    if CHILD in dict(net.named_children()):
+        net = materialised(net, lambda replica: call(replica, example))
+    return exported_program(net, example), example
+
+
+def with_batch(example: Any, batch: int) -> Any:
+    """The example with its samples repeated or cut to ``batch``, along the first axis of every tensor.
+
+    >>> with_batch({"x": torch.arange(3)}, 5)
+    {'x': tensor([0, 1, 2, 0, 1])}
+    """
+    if isinstance(example, Mapping):
+        return {name: with_batch(value, batch) for name, value in example.items()}
+    if isinstance(example, (tuple, list)):
+        return tuple(with_batch(value, batch) for value in example)
+    if not isinstance(example, torch.Tensor) or not example.dim() or len(example) == batch:
+        return example
+    return example[torch.arange(batch) % len(example)]
 
 
 @contextmanager

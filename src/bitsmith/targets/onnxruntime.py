@@ -1,0 +1,382 @@
+"""ONNX Runtime on CPU: 8-bit kernels between QuantizeLinear and DequantizeLinear."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from torch import nn
+
+from .._files import atomic_write
+from ..export.forms import onnxruntime_form
+from ..export.names import site_names
+from ..export.onnx import named, site_map, to_onnx
+from ..export.program import applied_program
+from ..model.formats import place
+from ..plan import Plan
+from ..site import Format, Record, Site
+from ..store import machine_key
+from ..technique import No, Technique
+from ..techniques.int_ import Int
+from ._onnxruntime_graph import Owners, realised
+from .base import Array, Artifact, ArtifactError, Realised, SiteTimes, Source, Target, Timing
+
+if TYPE_CHECKING:
+    import onnx
+    import onnxruntime as ort
+
+ALWAYS = frozenset({"linear", "matmul"})
+"""Run in int8 whatever their output is (QGemm, QLinearMatMul, MatMulIntegerToFloat)."""
+
+NEED_OUTPUT = frozenset(
+    {"conv1d", "conv2d", "conv3d", "add", "mul", "cat", "avg_pool1d", "avg_pool2d", "avg_pool3d"}
+    | {f"adaptive_avg_pool{n}d" for n in (1, 2, 3)}
+    | {"mean"}
+)
+"""Run in int8 only if their output is quantized as well (QLinearConv, QLinearAdd, QLinearConcat, ...)."""
+
+GROUPS = (16, 32, 64, 128, 256)
+"""Group sizes of MatMulNBits."""
+
+
+@dataclass(frozen=True)
+class OnnxRuntime(Target):
+    """ONNX Runtime's CPU execution provider (https://onnxruntime.ai), read back on 1.31.
+
+    ``threads``: size of the intra-operator pool; one operator runs at a time. ``spinning``: idle threads spin, as by
+    default, which is faster alone and slower beside other work. The optimizer ``WeightBiasQuantization`` is off: it
+    would change numbers that the plan fixed.
+
+    Activations become unsigned 8-bit affine, weights signed 8-bit symmetric. Times are ``measured``, in ms per batch.
+    """
+
+    name: ClassVar[str] = "onnxruntime"
+    source: ClassVar[Source] = "measured"
+
+    threads: int = 2
+    spinning: bool = True
+
+    def __post_init__(self) -> None:
+        if self.threads < 1:
+            raise ValueError(f"OnnxRuntime(threads={self.threads}): must be 1 or more")
+
+    # -- plans -----------------------------------------------------------------------------------------------------
+
+    def supports(self, technique: Technique, site: Site) -> bool | No:
+        form = technique.form(site)
+        if form == "float":
+            return True
+        if form != "dialect":
+            return No(f"ONNX Runtime has no operation {form!r}")
+        nbits = _is_matmul_nbits(technique, site)
+        if nbits is not None:
+            return nbits
+        weight = site.weight
+        if weight is not None and technique.bits(site) / weight.numel < 7.5:
+            return No(
+                "size only: ONNX Runtime has no kernel for weights below 8 bits, it dequantizes them at every run"
+            )
+        formats = [f for f, o in zip(technique.reads(site), site.operands, strict=True) if o in site.activations]
+        if not all(formats):
+            return No("size only: with float activations the weights are dequantized at every run")
+        if any(f is not None and f.bits != 8 for f in formats):
+            return No("integer kernels read 8-bit activations only")
+        if isinstance(technique, Int) and technique.granularity == "group":
+            return No("size only: integer kernels take one weight scale per channel or per tensor")
+        if isinstance(technique, Int) and technique.affine_weights:
+            return No("integer kernels take symmetric weights")
+        if site.kind not in ALWAYS | NEED_OUTPUT:
+            return No(f"ONNX Runtime has no integer kernel for {site.kind}")
+        return _shape_refusal(site) or True
+
+    def adapt(self, plan: Plan, record: Record) -> Plan:
+        """Activations unsigned affine; an output format where the kernel needs one and the readers do not give it."""
+        sites = {
+            name: dataclasses.replace(technique, signed=False, symmetric=False)
+            if isinstance(technique, Int) and technique.a is not None
+            else technique
+            for name, technique in plan.sites.items()
+        }
+        written = place(plan.replace(sites=sites), record).writes
+        for name, technique in sites.items():
+            site = record.site(name)
+            if not isinstance(technique, Int) or technique.a is None or not _needs_output(site):
+                continue
+            if technique.out is None and (tail := _tail(site, record)) is not None and tail not in written:
+                sites[name] = dataclasses.replace(technique, out=Format(technique.a, range=technique.range))
+        return plan.replace(sites=sites)
+
+    def realise(self, plan: Plan, record: Record) -> Mapping[str, Realised | No]:
+        written = place(plan, record).writes
+        verdicts: dict[str, Realised | No] = {}
+        for name, site in record.sites.items():
+            technique = plan.get(name)
+            if technique is None or technique.form(site) == "float":
+                verdicts.setdefault(name, Realised("float32"))
+                continue
+            verdict = self.supports(technique, site)
+            if isinstance(verdict, No):
+                verdicts[name] = verdict
+            elif _is_matmul_nbits(technique, site):
+                verdicts[name] = Realised("size only", "MatMulNBits: 4-bit weights, float products")
+            elif _needs_output(site) and _tail(site, record) not in written:
+                verdicts[name] = Realised("float32", "its output stays float, so no integer kernel is used")
+            else:
+                verdicts[name] = Realised("int8")
+                verdicts.update(dict.fromkeys(site.epilogue, Realised("folded", f"into {name}")))
+        return verdicts
+
+    # -- files -----------------------------------------------------------------------------------------------------
+
+    def export(self, net: nn.Module, path: str | Path, example: Any, batch: int | None = None) -> Artifact:
+        """Write ``net`` as ONNX in the form that ONNX Runtime fuses, and its map beside it."""
+        import onnx
+
+        program, _ = applied_program(net, example, batch)
+        model = named(onnxruntime_form(to_onnx(program)))
+        nodes, values = site_map(model, site_names(net))
+        path = atomic_write(path, lambda temporary: onnx.save(model, str(temporary)))
+        inputs = tuple(_described(value) for value in model.graph.input)
+        artifact = Artifact(
+            path=path,
+            format="onnx",
+            nodes=nodes,
+            values=values,
+            inputs=inputs,
+            outputs=tuple(value.name for value in model.graph.output),
+            batch=next((shape[0] for _, shape, _ in inputs if shape), 1),
+            target=self.name,
+            versions=_versions(),
+        )
+        artifact.save()
+        return artifact
+
+    def run(self, artifact: Artifact, inputs: Sequence[Array], tensors: Sequence[str] = ()) -> list[Array]:
+        """The outputs for one batch of the artifact's shape, or the named tensors' float values.
+
+        A value that is asked for becomes a graph output, which keeps the runtime from fusing across it: values behind
+        a quantizer leave the integer kernels as they are, others (``conv`` before its ReLU) can turn them to float.
+        """
+        unknown = [name for name in tensors if name not in artifact.values]
+        if unknown:
+            raise ArtifactError(f"{artifact.path} has no value for the tensors {', '.join(unknown)}")
+        session = _session(artifact.path, artifact.digest(), self, tuple(artifact.values[name] for name in tensors))
+        feed = self._feed(artifact, inputs)
+        wanted = [artifact.values[name] for name in tensors] or list(artifact.outputs)
+        found: dict[str, Array] = {}
+        produced = [name for name in dict.fromkeys(wanted) if name not in feed]
+        if produced:
+            found = dict(zip(produced, session.run(produced, feed), strict=True))
+        return [np.asarray(found[name] if name in found else feed[name]) for name in wanted]
+
+    def _feed(self, artifact: Artifact, inputs: Sequence[Array]) -> dict[str, Array]:
+        if len(inputs) != len(artifact.inputs):
+            raise ValueError(f"{artifact.path} takes {len(artifact.inputs)} inputs, got {len(inputs)}")
+        feed = {}
+        for (name, shape, dtype), array in zip(artifact.inputs, inputs, strict=True):
+            if tuple(array.shape) != shape:
+                raise ValueError(f"input {name!r} of {artifact.path} has shape {shape}, got {tuple(array.shape)}")
+            feed[name] = np.ascontiguousarray(array, dtype=np.dtype(dtype))
+        return feed
+
+    # -- times -----------------------------------------------------------------------------------------------------
+
+    def measure(self, artifacts: Sequence[Artifact], rounds: int = 30) -> list[Timing]:
+        """Each round runs every artifact twice in turn and times the second run: the first refills its caches."""
+        if rounds < 1:
+            raise ValueError(f"measure(rounds={rounds}): must be 1 or more")
+        sessions = [self._open(artifact.path) for artifact in artifacts]
+        feeds = [_sample_inputs(artifact) for artifact in artifacts]
+        samples: list[list[float]] = [[] for _ in artifacts]
+        for index in range(rounds + 2):
+            for session, feed, times in zip(sessions, feeds, samples, strict=True):
+                session.run(None, feed)
+                start = time.perf_counter()
+                session.run(None, feed)
+                if index >= 2:
+                    times.append((time.perf_counter() - start) * 1e3)
+        return [
+            Timing(tuple(times), artifact.batch, self.threads, self.source)
+            for times, artifact in zip(samples, artifacts, strict=True)
+        ]
+
+    def inspect(self, artifact: Artifact) -> Mapping[str, Realised]:
+        """From the graph that the runtime's optimizer saves."""
+        import onnx
+
+        with tempfile.TemporaryDirectory() as folder:
+            optimized = Path(folder) / "optimized.onnx"
+            self._open(artifact.path, optimized=optimized)
+            graph = onnx.load(str(optimized))
+        return realised(Owners.of(onnx.load(str(artifact.path)), artifact.nodes), artifact.nodes, graph)
+
+    def site_times(self, artifact: Artifact, rounds: int = 30) -> SiteTimes:
+        """From the runtime's profiler: median per node over the rounds, summed per site. ``whole`` without it."""
+        import onnx
+
+        owners = Owners.of(onnx.load(str(artifact.path)), artifact.nodes)
+        (whole,) = self.measure([artifact], rounds)
+        with tempfile.TemporaryDirectory() as folder:
+            optimized = Path(folder) / "optimized.onnx"
+            session = self._open(artifact.path, optimized=optimized, profile=Path(folder) / "profile")
+            feed = _sample_inputs(artifact)
+            for _ in range(rounds + 2):
+                session.run(None, feed)
+            events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+            outputs = {node.name: tuple(node.output) for node in onnx.load(str(optimized)).graph.node}
+        sites = dict.fromkeys(artifact.nodes, 0.0)
+        converted: dict[str, float] = {}
+        other = 0.0
+        for (name, operation), ms in _node_times(events, rounds).items():
+            site = owners.site(name, operation, outputs.get(name, ()))
+            tensor = owners.tensor(name, operation, outputs.get(name, ()))
+            if site:
+                sites[site] += ms
+            elif tensor:
+                converted[tensor] = converted.get(tensor, 0.0) + ms
+            else:
+                other += ms
+        return SiteTimes(sites, converted, other, whole.ms, self.source)
+
+    def settings(self) -> dict[str, Any]:
+        import onnxruntime as ort
+
+        return {
+            "target": self.name,
+            **machine_key(),
+            "threads": self.threads,
+            "spinning": self.spinning,
+            "onnxruntime": ort.__version__,
+        }
+
+    def _open(
+        self, model: Path | bytes, optimized: Path | None = None, profile: Path | None = None
+    ) -> ort.InferenceSession:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = self.threads
+        options.inter_op_num_threads = 1
+        options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(self.spinning)))
+        # 1: float products, as simulated; the default rounds activations to 8 bits behind the plan's back
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+        if optimized is not None:
+            options.optimized_model_filepath = str(optimized)
+        if profile is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(profile)
+        try:
+            return ort.InferenceSession(
+                model if isinstance(model, bytes) else str(model),
+                options,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=["WeightBiasQuantization"],
+            )
+        except Exception as error:
+            where = "the model" if isinstance(model, bytes) else model
+            raise ArtifactError(f"ONNX Runtime cannot load {where}: {error}; export again") from error
+
+
+@functools.lru_cache(maxsize=2)
+def _session(path: Path, digest: str, target: OnnxRuntime, values: tuple[str, ...]) -> ort.InferenceSession:
+    """A session whose outputs include ``values``. Kept, because a set is run batch by batch."""
+    import onnx
+
+    if not values:
+        return target._open(path)
+    model = onnx.load(str(path))
+    known = {value.name for value in (*model.graph.output, *model.graph.input)}
+    for name in dict.fromkeys(values):
+        if name not in known:
+            model.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
+    return target._open(model.SerializeToString())
+
+
+def _is_matmul_nbits(technique: Technique, site: Site) -> bool | No | None:
+    """Whether 4-bit weights run through MatMulNBits; None if that kernel is not meant at all."""
+    if not isinstance(technique, Int) or technique.a is not None or technique.w != 4 or site.kind != "linear":
+        return None
+    if technique.granularity != "group" or technique.group not in GROUPS:
+        return No(f"size only: 4-bit weights need groups of {', '.join(map(str, GROUPS))} entries (MatMulNBits)")
+    if len(site.out_shapes[0]) < 3:
+        return No("size only: with two axes ONNX Runtime dequantizes the weights at every run")
+    return True
+
+
+def _needs_output(site: Site) -> bool:
+    return site.kind in NEED_OUTPUT
+
+
+def _tail(site: Site, record: Record) -> tuple[str, int] | None:
+    """The (site, output) that writes the tensor behind the site's epilogue."""
+    info = record.tensors.get(site.tail)
+    if info is None or not info.producer:
+        return None
+    return info.producer, record.sites[info.producer].writes.index(site.tail)
+
+
+def _shape_refusal(site: Site) -> No | None:
+    """Operations whose arguments leave the form that has a kernel."""
+    if site.kind == "mean":
+        axes = site.arguments.get("dim")
+        rank = len(site.operands[0].shape)
+        given = (axes,) if isinstance(axes, int) else tuple(axes or range(rank))
+        if sorted(axis % rank for axis in given) != list(range(2, rank)) or rank < 3:
+            return No("only a mean over all spatial axes has an integer kernel (QLinearGlobalAveragePool)")
+    if site.kind in ("add", "mul", "matmul") and len(site.activations) < 2:
+        return No(f"{site.kind} with a constant operand is computed in float")
+    return None
+
+
+def _described(value: onnx.ValueInfoProto) -> tuple[str, tuple[int, ...], str]:
+    import onnx
+
+    kind = value.type.tensor_type
+    shape = tuple(int(axis.dim_value) for axis in kind.shape.dim)
+    return value.name, shape, str(np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)))
+
+
+def _sample_inputs(artifact: Artifact) -> dict[str, Array]:
+    """Inputs to time with: normal numbers, zeros for integers (valid as indices)."""
+    generator = np.random.default_rng(0)
+    return {
+        name: generator.standard_normal(shape).astype(dtype)
+        if np.issubdtype(np.dtype(dtype), np.floating)
+        else np.zeros(shape, dtype)
+        for name, shape, dtype in artifact.inputs
+    }
+
+
+def _node_times(events: Sequence[Mapping[str, Any]], rounds: int) -> dict[tuple[str, str], float]:
+    """(node name, operation) -> ms per run: median over the last ``rounds`` runs, times its calls in one run."""
+    samples: dict[tuple[str, str], list[float]] = {}
+    for event in events:
+        name = str(event.get("name", ""))
+        if event.get("cat") == "Node" and name.endswith("_kernel_time"):
+            key = name.removesuffix("_kernel_time"), str(event["args"].get("op_name", ""))
+            samples.setdefault(key, []).append(float(event["dur"]) / 1e3)
+    times = {}
+    for key, values in samples.items():
+        calls = max(1, round(len(values) / (rounds + 2)))
+        times[key] = statistics.median(values[-rounds * calls :]) * calls
+    return times
+
+
+def _versions() -> dict[str, str]:
+    import onnx
+    import onnxruntime as ort
+    import torch
+
+    return {"torch": torch.__version__, "onnx": onnx.__version__, "onnxruntime": ort.__version__}
