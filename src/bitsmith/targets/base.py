@@ -96,10 +96,12 @@ class Artifact:
 
     ``nodes``: site -> names of its nodes in the file. ``values``: tensor name -> name of the value in the file (the
     float value, behind its DequantizeLinear if it is quantized). ``inputs``: (name, shape, dtype) as the file has them.
+    Only of a target that computes its times: ``costs``, ms per batch by site, and by ``tensor|format`` for a conversion;
+    ``precisions``, by site.
     """
 
     path: Path
-    format: Literal["onnx", "openvino", "pt2"]
+    format: Literal["onnx", "openvino", "pt2", "safetensors"]
     nodes: Mapping[str, tuple[str, ...]]
     values: Mapping[str, str]
     inputs: tuple[tuple[str, tuple[int, ...], str], ...]
@@ -108,6 +110,8 @@ class Artifact:
     target: str
     plan: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    costs: Mapping[str, float] = field(default_factory=dict)
+    precisions: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def sidecar(self) -> Path:
@@ -168,6 +172,8 @@ class Artifact:
                 target=str(data["target"]),
                 plan=dict(data["plan"]),
                 versions=dict(data["versions"]),
+                costs={name: float(ms) for name, ms in data.get("costs", {}).items()},
+                precisions=dict(data.get("precisions", {})),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ArtifactError(f"{sidecar} lacks or garbles {error}; export again") from None
@@ -218,6 +224,14 @@ class Target(ABC):
     @abstractmethod
     def site_times(self, artifact: Artifact, rounds: int = 30) -> SiteTimes:
         """Where the time goes, from the runtime's own profile."""
+
+    def cost(self, site: Site, technique: Technique) -> float | None:
+        """Modelled ms per batch of that site alone, conversions left out; None: it must be measured."""
+        return None
+
+    def conversion_cost(self, numel: int, produced: str, consumed: str) -> float | None:
+        """Modelled ms to bring ``numel`` values from one format to another ("float", "u8"); None: measure it."""
+        return None
 
     def settings(self) -> dict[str, Any]:
         """What a stored time depends on besides the artifact: machine, versions, threads."""
