@@ -44,9 +44,6 @@ NEED_OUTPUT = frozenset(
 )
 """Run in int8 only if their output is quantized as well (QLinearConv, QLinearAdd, QLinearConcat, ...)."""
 
-GROUPS = (16, 32, 64, 128, 256)
-"""Group sizes of MatMulNBits."""
-
 
 @dataclass(frozen=True)
 class OnnxRuntime(Target):
@@ -77,11 +74,7 @@ class OnnxRuntime(Target):
             return True
         if form != "dialect":
             return No(f"ONNX Runtime has no operation {form!r}")
-        nbits = _is_matmul_nbits(technique, site)
-        if nbits is not None:
-            return nbits
-        weight = site.weight
-        if weight is not None and technique.bits(site) / weight.numel < 7.5:
+        if site.weight is not None and _weight_bits(technique, site) < 8:
             return No(
                 "size only: ONNX Runtime has no kernel for weights below 8 bits, it dequantizes them at every run"
             )
@@ -96,7 +89,8 @@ class OnnxRuntime(Target):
             return No("integer kernels take symmetric weights")
         if site.kind not in ALWAYS | NEED_OUTPUT:
             return No(f"ONNX Runtime has no integer kernel for {site.kind}")
-        return _shape_refusal(site) or True
+        refusal = _shape_refusal(site)
+        return True if refusal is None else refusal
 
     def adapt(self, plan: Plan, record: Record) -> Plan:
         """Activations unsigned affine; an output format where the kernel needs one and the readers do not give it."""
@@ -126,8 +120,6 @@ class OnnxRuntime(Target):
             verdict = self.supports(technique, site)
             if isinstance(verdict, No):
                 verdicts[name] = verdict
-            elif _is_matmul_nbits(technique, site):
-                verdicts[name] = Realised("size only", "MatMulNBits: 4-bit weights, float products")
             elif _needs_output(site) and _tail(site, record) not in written:
                 verdicts[name] = Realised("float32", "its output stays float, so no integer kernel is used")
             else:
@@ -304,15 +296,11 @@ def _session(path: Path, digest: str, target: OnnxRuntime, values: tuple[str, ..
     return target._open(model.SerializeToString())
 
 
-def _is_matmul_nbits(technique: Technique, site: Site) -> bool | No | None:
-    """Whether 4-bit weights run through MatMulNBits; None if that kernel is not meant at all."""
-    if not isinstance(technique, Int) or technique.a is not None or technique.w != 4 or site.kind != "linear":
-        return None
-    if technique.granularity != "group" or technique.group not in GROUPS:
-        return No(f"size only: 4-bit weights need groups of {', '.join(map(str, GROUPS))} entries (MatMulNBits)")
-    if len(site.out_shapes[0]) < 3:
-        return No("size only: with two axes ONNX Runtime dequantizes the weights at every run")
-    return True
+def _weight_bits(technique: Technique, site: Site) -> float:
+    """Bits per weight; a stranger's scales cannot be told from its weights, so 7.5 and more counts as 8."""
+    if isinstance(technique, Int):
+        return technique.w
+    return round(technique.bits(site) / (site.parameter_bytes / 4))
 
 
 def _needs_output(site: Site) -> bool:
