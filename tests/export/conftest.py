@@ -162,3 +162,18 @@ def make_conv_net(scale: float = 0.02) -> tuple[nn.Module, Tensor]:
         return call("fc", call("pool", h).flatten(1))
 
     return Network(cells, tensors, body), torch.randn(2, 16, 12, 12)
+
+
+def outputs_of(model: Any, *arrays: Any) -> list[Any]:
+    """What the ONNX model computes in ONNX Runtime with every graph optimization off."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return list(session.run(None, {i.name: a for i, a in zip(session.get_inputs(), arrays, strict=True)}))
+
+
+@pytest.fixture
+def execute() -> Callable[..., list[Any]]:
+    return outputs_of
