@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ MIN_SCALE = 2.0**-40
 
 _FRACTIONS = np.linspace(1.0, 1 / 80, 80)  # widest first, so that ties keep the wider range
 _COARSE = np.linspace(1.0, 1 / 16, 16)
-_BLOCK = 32768  # elements worked on at a time: they stay in the cache, and torch runs them without waking threads
+_BLOCK = 16384  # elements worked on at a time, so that they stay in the cache
 
 
 def limits(statistics: TensorStatistics, fmt: Format) -> tuple[float, float]:
@@ -232,20 +231,27 @@ def _rows(weight: Tensor, axis: int | None, group: int | None) -> tuple[Tensor, 
 
 def _shrink(rows: Tensor, low: Vector, high: Vector, fmt: Format) -> tuple[Vector, Vector]:
     """Both ends of every row times the factor that leaves the least squared error."""
-    settings: list[tuple[Tensor, ...]] = []
+    values = rows.cpu().numpy()
     least, greatest = fmt.levels
+    settings = []
     for fraction in _FRACTIONS:
         scale, zero_point = _qparams(low * fraction, high * fraction, fmt)
-        columns: list[NDArray[Any]] = [scale, 1.0 / scale, least - zero_point, greatest - zero_point]
-        settings.append(tuple(torch.from_numpy(c).to(rows.device, torch.float32).unsqueeze(1) for c in columns))
-    errors = torch.zeros(len(settings), rows.shape[0], dtype=torch.float64, device=rows.device)
-    height = max(1, _BLOCK // rows.shape[1])
-    for top in range(0, rows.shape[0], height):
-        for left in range(0, rows.shape[1], _BLOCK):
-            block = rows[top : top + height, left : left + _BLOCK]
-            for index, setting in enumerate(settings):
-                scale_, inverse, bottom, ceiling = (column[top : top + height] for column in setting)
-                error = (block * inverse).round_().clamp_(bottom, ceiling).mul_(scale_).sub_(block).square_()
-                errors[index, top : top + height] += error.sum(1)
-    factor = _FRACTIONS[errors.argmin(0).cpu().numpy()]
+        columns = (scale, 1.0 / scale, least - zero_point, greatest - zero_point)
+        settings.append([column.astype(np.float32)[:, None] for column in columns])
+    errors = np.zeros((len(settings), len(values)))
+    height = max(1, _BLOCK // values.shape[1])
+    for top in range(0, values.shape[0], height):
+        here = slice(top, top + height)
+        for left in range(0, values.shape[1], _BLOCK):
+            block = np.ascontiguousarray(values[here, left : left + _BLOCK])
+            error = np.empty_like(block)
+            for index, (step, inverse, bottom, ceiling) in enumerate(settings):
+                np.multiply(block, inverse[here], out=error)
+                np.rint(error, out=error)
+                np.maximum(error, bottom[here], out=error)
+                np.minimum(error, ceiling[here], out=error)
+                np.multiply(error, step[here], out=error)
+                np.subtract(error, block, out=error)
+                errors[index, here] += np.einsum("ij,ij->i", error, error)
+    factor = _FRACTIONS[errors.argmin(0)]
     return low * factor, high * factor
