@@ -45,6 +45,10 @@ NEED_OUTPUT = frozenset(
 """Run in int8 only if their output is quantized as well (QLinearConv, QLinearAdd, QLinearConcat, ...)."""
 
 
+FUSING = frozenset({"conv1d", "conv2d", "conv3d"})
+"""Absorb the normalisation and the activation behind them in float as well (FusedConv)."""
+
+
 @dataclass(frozen=True)
 class OnnxRuntime(Target):
     """ONNX Runtime's CPU execution provider (https://onnxruntime.ai), read back on 1.31.
@@ -116,6 +120,8 @@ class OnnxRuntime(Target):
             technique = plan.get(name)
             if technique is None or technique.form(site) == "float":
                 verdicts.setdefault(name, Realised("float32"))
+                if site.kind in FUSING:
+                    verdicts.update(dict.fromkeys(site.epilogue, Realised("folded", f"into {name}")))
                 continue
             verdict = self.supports(technique, site)
             if isinstance(verdict, No):
