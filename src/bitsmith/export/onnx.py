@@ -36,6 +36,11 @@ def to_onnx(program: ExportedProgram, opset: int | None = None) -> onnx.ModelPro
     Nodes are named ``<site>/<operation>`` (conversions ``<tensor>/<operation>``), so a profile can be read. ``opset``:
     20, or 21 if the program holds 4-bit or group-wise weights or 16-bit activations. Raises :class:`ExportError`.
     """
+    return clean(raw_onnx(program, opset))
+
+
+def raw_onnx(program: ExportedProgram, opset: int | None = None) -> onnx.ModelProto:
+    """The program as the exporter writes it, every quantizer where its cell has it: what ``derive`` takes apart."""
     opset = opset or _opset(program)
     with quiet(), torch.no_grad():
         try:
@@ -55,16 +60,27 @@ def to_onnx(program: ExportedProgram, opset: int | None = None) -> onnx.ModelPro
     assert exported is not None
     model: onnx.ModelProto = exported.model_proto
     _mark_absorbed(model, program)
-    model = rewritten(
-        model,
+    return model
+
+
+def clean(raw: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy of a raw model without duplicates and implied clips, its nodes named after their sites."""
+    return rewritten(
+        raw,
         merge_requantization,
         merge_duplicates,
         fold_weight_transposes,
         drop_implied_clips,
-        *((pack_int4,) if opset >= 21 else ()),
+        *((pack_int4,) if opset_of(raw) >= 21 else ()),
         merge_duplicates,
+        _name_nodes,
     )
-    return named(model)
+
+
+def opset_of(model: onnx.ModelProto) -> int:
+    """The version of the standard operators that the model is written in."""
+    version: int = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    return version
 
 
 def named(model: onnx.ModelProto) -> onnx.ModelProto:
