@@ -28,7 +28,7 @@ class Operation:
     ``role``: ``integer`` (a technique may compute it another way), ``float`` (visible, its time counts, never
     quantized) or ``composite`` (made of other operations: see ``bitsmith.model.decompose``).
     ``signature``: canonical argument names, in order; ``operands``: those that are activations or weights;
-    ``compute``: the function of the canonical arguments.
+    ``compute``: the function of the operands by position and the rest by canonical name.
     """
 
     kind: str
@@ -83,6 +83,25 @@ def _einsum(*operands: Tensor, equation: str) -> Tensor:
 
 def _cat(*tensors: Tensor, dim: int = 0) -> Tensor:
     return torch.cat(tensors, dim)
+
+
+def _baddbmm(input: Tensor, other: Tensor, *, bias: Tensor, beta: float = 1, alpha: float = 1) -> Tensor:
+    function = torch.addmm if input.dim() == 2 else torch.baddbmm
+    return function(bias, input, other, beta=beta, alpha=alpha)
+
+
+def _index_add(input: Tensor, source: Tensor, *, dim: int, index: Tensor, alpha: float = 1) -> Tensor:
+    return torch.index_add(input, dim, index, source, alpha=alpha)
+
+
+def _scatter_add(input: Tensor, source: Tensor, *, dim: int, index: Tensor) -> Tensor:
+    return torch.scatter_add(input, dim, index, source)
+
+
+def _scatter_reduce(
+    input: Tensor, source: Tensor, *, dim: int, index: Tensor, reduce: str, include_self: bool = True
+) -> Tensor:
+    return torch.scatter_reduce(input, dim, index, source, reduce, include_self=include_self)
 
 
 def _einsum_macs(inputs: Sequence[Shape], outputs: Sequence[Shape]) -> int:
@@ -155,7 +174,7 @@ _TABLE: tuple[Operation, ...] = (
     ),
     Operation(
         "baddbmm",
-        torch.baddbmm,
+        _baddbmm,
         _names("baddbmm", "addmm"),
         ("bias", "input", "other", "beta", "alpha"),
         ("input", "other"),
@@ -190,7 +209,7 @@ _TABLE: tuple[Operation, ...] = (
     Operation("mean", torch.mean, _names("mean"), ("input", "dim", "keepdim", "dtype"), ("input",)),
     Operation(
         "index_add",
-        torch.index_add,
+        _index_add,
         _names("index_add", "index_add_"),
         ("input", "dim", "index", "source", "alpha"),
         ("input", "source"),
@@ -198,7 +217,7 @@ _TABLE: tuple[Operation, ...] = (
     ),
     Operation(
         "scatter_add",
-        torch.scatter_add,
+        _scatter_add,
         _names("scatter_add", "scatter_add_"),
         ("input", "dim", "index", "source"),
         ("input", "source"),
@@ -206,7 +225,7 @@ _TABLE: tuple[Operation, ...] = (
     ),
     Operation(
         "scatter_reduce",
-        torch.scatter_reduce,
+        _scatter_reduce,
         _names("scatter_reduce", "scatter_reduce_"),
         ("input", "dim", "index", "source", "reduce", "include_self"),
         ("input", "source"),

@@ -98,7 +98,7 @@ class Cell(nn.Module):
     ``i``. ``self.norm`` holds the normalisation module that the cell absorbs in eval, or nothing.
     """
 
-    needs: ClassVar[tuple[str, ...]] = ("weight", "bias")
+    needs: ClassVar[tuple[str, ...]] = ("weight", "bias", "input", "other")
     """Names of the operation's arguments that the cell reads; parameters that no cell reads are not trained."""
 
     folds: bool = False
