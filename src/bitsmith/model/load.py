@@ -6,6 +6,7 @@ The one place that imports something because a name says so. No file's content e
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -120,11 +121,9 @@ def _module(place: str, name: str) -> ModuleType:
     except (ModuleNotFoundError, ValueError):
         missing = True
     if missing:
-        file = Path(f"{place.replace('.', '/')}.py")
-        hint = (
-            f"did you mean {file}:{name.rpartition(':')[2]}?" if file.is_file() else "for a file write file.py:function"
+        raise LoadError(
+            f"{name}: no module is called {place!r} here or in this Python; for a file write file.py:function"
         )
-        raise LoadError(f"{name}: no module is called {place!r} here or in this Python; {hint}")
     module: ModuleType = _guarded(lambda: importlib.import_module(place), f"importing {place} failed")
     return module
 
@@ -144,7 +143,9 @@ def _from_file(path: Path, name: str) -> ModuleType:
             return module
     _first_on_path(path.parent)
     # under its own name, so that another file of the user's that imports it gets the same module
-    own = path.stem if path.stem.isidentifier() and path.stem not in sys.modules else f"_bitsmith_argument_{path.stem}"
+    own = path.stem
+    if not own.isidentifier() or own in sys.modules:
+        own = f"_{own}_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
     spec = importlib.util.spec_from_file_location(own, path)
     if spec is None or spec.loader is None:
         raise LoadError(f"{name}: {path} is not a Python file; its name must end in .py")
