@@ -8,7 +8,7 @@ import inspect
 import json
 import math
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -234,3 +234,11 @@ def _fields(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_fields(item) for item in value]
     return to_plain(value)
+
+
+def hash_files(paths: Iterable[Path]) -> str:
+    """SHA-256 (hex) of the content of files, in the order given."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()

@@ -190,7 +190,7 @@ def decode(data: Any, classes: Mapping[str, type]) -> Any:
     return data
 
 
-def _known_classes(extra: Sequence[type]) -> dict[str, type]:
+def known_classes(extra: Sequence[type]) -> dict[str, type]:
     """Built-in techniques and steps (the package's own subclasses), the data types they hold, and the given ones."""
 
     def descend(base: type) -> Iterator[type]:
@@ -211,7 +211,7 @@ def _known_classes(extra: Sequence[type]) -> dict[str, type]:
 
 
 def _read_1(data: Mapping[str, Any], techniques: Sequence[type]) -> Plan:
-    classes = _known_classes(techniques)
+    classes = known_classes(techniques)
     unknown = sorted(set(data) - {"schema", "kind", "prepare", "groups", "sites"})
     if unknown:
         raise PlanError(f"unknown keys in the plan: {', '.join(unknown)}")

@@ -1,13 +1,34 @@
-"""The table of losses and costs that a search decides on."""
+"""The table of losses and costs that a search decides on, row by row from the store or measured."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import dataclasses
+import fnmatch
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-from .plan import Plan
-from .site import Edge
-from .technique import Technique
+from torch import nn
+
+from . import costs
+from ._files import atomic_write
+from .bench import Bench
+from .costs import FLOAT, Costs, Option
+from .metrics import source_digest
+from .plan import Plan, PlanError, decode, encode, known_classes
+from .progress import Progress
+from .sensitivity.base import Sensitivity
+from .sensitivity.one_at_a_time import output_error
+from .site import Edge, Site, UnknownSiteError
+from .store import Store
+from .targets.base import Target
+from .task import Task
+from .technique import No, Technique
+from .techniques.float_ import Float
+
+SCHEMA = 1
 
 
 @dataclass(frozen=True)
@@ -75,7 +96,8 @@ class Profile:
             technique = plan.get(site)
             row = next((r for r in rows if r.technique == technique), None)
             if row is None:
-                row = next((r for r in rows if r.writes == "float" and not any(x != "float" for x in r.reads)), rows[0])
+                plain = [r for r in rows if r.writes == FLOAT and all(read == FLOAT for read in r.reads)]
+                row = min(plain or rows, key=lambda r: r.loss)
             picked.append(row)
         return picked
 
@@ -94,7 +116,230 @@ class Profile:
         """The edge rows whose formats are those of the chosen rows."""
         for edge in self.edges:
             producer, consumer = by_site.get(edge.producer), by_site.get(edge.consumer)
-            produced = producer.writes if producer is not None else "float"
-            consumed = consumer.reads[edge.operand] if consumer is not None and edge.operand < len(consumer.reads) else "float"
+            produced = producer.writes if producer is not None else FLOAT
+            consumed = consumer.reads[edge.operand] if consumer is not None and edge.operand < len(consumer.reads) else FLOAT
             if (produced, consumed) == (edge.produced, edge.consumed):
                 yield edge
+
+    def to_json(self) -> dict[str, Any]:
+        return {"schema": SCHEMA, "kind": "bitsmith.profile", **{f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}}
+
+    @classmethod
+    def from_json(cls, data: Any, techniques: Sequence[type] = ()) -> Profile:
+        """Read what :meth:`to_json` wrote. Raises ``PlanError`` for another or newer file."""
+        if not isinstance(data, dict) or data.get("kind") != "bitsmith.profile" or data.get("schema") != SCHEMA:
+            raise PlanError(f"this is not a Bitsmith profile of schema {SCHEMA}; profile again")
+        classes = known_classes(techniques)
+        try:
+            rows = tuple(
+                Row(**{**row, "technique": decode(row["technique"], classes), "reads": tuple(row["reads"])}) for row in data["rows"]
+            )
+            rest = {f.name: data[f.name] for f in dataclasses.fields(cls) if f.name not in ("rows", "edges", "flow", "groups")}
+            return cls(
+                rows=rows,
+                edges=tuple(EdgeRow(**edge) for edge in data["edges"]),
+                flow=tuple(Edge(**edge) for edge in data["flow"]),
+                groups=tuple(map(tuple, data["groups"])),
+                **rest,
+            )
+        except (KeyError, TypeError) as error:
+            raise PlanError(f"the profile is garbled: {error}; profile again") from None
+
+    def save(self, path: str | Path) -> Path:
+        """Write readable JSON under a temporary name, then rename."""
+        text = json.dumps(self.to_json(), indent=1) + "\n"
+        return atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+    @classmethod
+    def load(cls, path: str | Path, techniques: Sequence[type] = ()) -> Profile:
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise PlanError(f"{path} is not a profile: the JSON is broken or cut off ({error})") from None
+        return cls.from_json(data, techniques)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Technique):
+        return encode(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def profile(
+    model: nn.Module,
+    task: Task,
+    techniques: Sequence[Technique],
+    target: Target,
+    *,
+    store: Store | str | Path | None = None,
+    batch: int = 1,
+    sensitivity: Sensitivity = output_error,
+    patterns: Sequence[str] = ("*",),
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Profile:
+    """Measure what every site loses and costs under every technique that fits it and that the target supports.
+
+    ``patterns``: shell patterns of the sites to decide on; one that matches nothing is an error. ``Float()`` is always
+    an option. ``store``: path of a measurement store (or an open one); what it holds is not measured again.
+    Reads calibration data only. Times are ms per batch of ``batch``.
+    """
+    bench = Bench.open(model, task, target, store=store, batch=batch, seed=seed, progress=progress)
+    return measure(bench, techniques, sensitivity, patterns)
+
+
+def measure(
+    bench: Bench,
+    techniques: Sequence[Technique],
+    sensitivity: Sensitivity = output_error,
+    patterns: Sequence[str] = ("*",),
+) -> Profile:
+    """:func:`profile` with a bench that is already open."""
+    record = bench.net.record
+    sites = _selected(record.sites, patterns)
+    options, refused = _options(sites, techniques, bench.target)
+    if not any(not option.is_float for rows in options.values() for option in rows):
+        reasons = "; ".join(dict.fromkeys(f"{row.technique}: {row.refused}" for row in refused)) or "no technique was given"
+        raise ValueError(f"not one site can change on {bench.target.name}: {reasons}")
+    losses = _losses(bench, options, sensitivity)
+    flow = tuple(record.edges())
+    table = _costs(bench, options, flow)
+    base_bytes = float(bench.artifact(Plan()).bytes)
+    weights = {name: site.parameter_bytes for name, site in record.sites.items()}
+    rows = tuple(
+        Row(
+            site,
+            option.technique,
+            losses[site, option.technique],
+            table.sites[site, option.technique],
+            option.technique.bits(record.sites[site]) / 8,
+            reads=option.reads,
+            writes=option.writes,
+        )
+        for site, choices in options.items()
+        for option in choices
+    )
+    edges = tuple(
+        EdgeRow(edge.producer, edge.consumer, edge.operand, produced, consumed, ms)
+        for (edge, produced, consumed), ms in table.edges.items()
+    )
+    notes = {
+        "probes": str(table.probes),
+        "fit error": f"{table.fit_error:.3f}",
+        "float, sum of sites": f"{table.sum_float_ms:.4f} ms",
+        "float, whole": f"{table.whole_float_ms:.4f} ms",
+    }
+    return Profile(
+        (*rows, *refused),
+        edges,
+        flow,
+        table.fixed,
+        max(base_bytes - sum(weights[site] for site in options), 0.0),
+        bench.target.source,
+        sensitivity.__name__.replace("_", " "),
+        bench.target.name,
+        notes=notes,
+    )
+
+
+def _selected(sites: Mapping[str, Site], patterns: Sequence[str]) -> dict[str, Site]:
+    chosen: dict[str, Site] = {}
+    for pattern in patterns:
+        hits = {name: site for name, site in sites.items() if name == pattern or fnmatch.fnmatchcase(name, pattern)}
+        if not hits:
+            raise UnknownSiteError(pattern, sites)
+        chosen.update(hits)
+    return {name: site for name, site in sites.items() if name in chosen and site.role == "integer"}
+
+
+def _options(
+    sites: Mapping[str, Site], techniques: Sequence[Technique], target: Target
+) -> tuple[dict[str, list[Option]], list[Row]]:
+    """What may be chosen at each site, and a row with its reason for what may not."""
+    options: dict[str, list[Option]] = {}
+    refused: list[Row] = []
+    for name, site in sites.items():
+        floating = (FLOAT,) * len(site.operands)
+        rows = [Option(name, Float(), floating, FLOAT)]
+        for technique in dict.fromkeys(techniques):
+            if technique == Float():
+                continue
+            reads = tuple(FLOAT if fmt is None else str(fmt) for fmt in technique.reads(site))
+            verdict = technique.fits(site)
+            if verdict:
+                verdict = target.supports(technique, site)
+            if verdict and technique.needs_training:
+                verdict = No("it needs training before it can be scored: profile(adapt_steps=...) is not here yet")
+            if verdict:
+                writes = next((read for read in reads if read != FLOAT), FLOAT)
+                rows.append(Option(name, technique, reads, writes))
+            else:
+                reason = verdict.reason if isinstance(verdict, No) else "it does not fit"
+                refused.append(Row(name, technique, 0.0, 0.0, technique.bits(site) / 8, refused=reason, reads=reads))
+        options[name] = rows
+    return options, refused
+
+
+def _losses(
+    bench: Bench, options: Mapping[str, Sequence[Option]], sensitivity: Sensitivity
+) -> dict[tuple[str, Technique], float]:
+    losses: dict[tuple[str, Technique], float] = {}
+    missing: list[tuple[str, Technique]] = []
+    keys: dict[tuple[str, Technique], dict[str, Any]] = {}
+    for site, rows in options.items():
+        for option in rows:
+            pair = site, option.technique
+            if option.technique == Float():
+                losses[pair] = 0.0
+                continue
+            keys[pair] = {
+                **bench.model_key,
+                "data": bench.calibration_key,
+                "plan": bench.plan_key(Plan({site: option.technique})),
+                "sensitivity": source_digest(sensitivity),
+                "loss": source_digest(bench.task.loss) if bench.task.loss is not None else None,
+                "seed": bench.seed,
+            }
+            found = bench.store.get("sensitivity", keys[pair])
+            if found is None:
+                missing.append(pair)
+            else:
+                losses[pair] = float(found)
+    bench.progress.start(f"what {len(losses)} of {len(losses) + len(missing)} sites lose is known; measuring", len(missing))
+    if missing:
+        formats = [
+            (operand.tensor, fmt)
+            for site, technique in missing
+            for operand, fmt in zip(bench.net.record.sites[site].operands, technique.reads(bench.net.record.sites[site]), strict=True)
+            if fmt is not None
+        ]
+        bench.ranges(formats)
+    for pair, loss in zip(missing, sensitivity(bench.model, bench.task, missing, bench.simulate), strict=True):
+        losses[pair] = float(loss)
+        bench.store.put("sensitivity", keys[pair], float(loss))
+        bench.progress.advance()
+    return losses
+
+
+def _costs(bench: Bench, options: Mapping[str, Sequence[Option]], flow: Sequence[Edge]) -> Costs:
+    record = bench.net.record
+    formulas = {
+        (site, option.technique): bench.target.cost(record.sites[site], option.technique)
+        for site, rows in options.items()
+        for option in rows
+    }
+    if any(ms is None for ms in formulas.values()):
+        return costs.learn(bench, options, flow)
+    fixed = sum(bench.target.cost(site, Float()) or 0.0 for name, site in record.sites.items() if name not in options)
+    known = {key: float(ms) for key, ms in formulas.items() if ms is not None}
+    edges = {}
+    for edge in flow:
+        shape = record.sites[edge.consumer].operands[edge.operand]
+        for produced, consumed in costs.meeting(edge, options):
+            edges[edge, produced, consumed] = bench.target.conversion_cost(shape.numel, produced, consumed) or 0.0
+    whole = fixed + sum(known[site, Float()] for site in options)
+    return Costs(known, edges, fixed, 0.0, 0, whole, whole)
