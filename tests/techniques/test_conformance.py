@@ -1,0 +1,59 @@
+"""Every technique in the package passes the suite that strangers' techniques are held to."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Iterator
+
+import pytest
+
+import bitsmith.techniques
+from bitsmith.site import Format, Range
+from bitsmith.technique import Technique
+from bitsmith.techniques.float_ import Float
+from bitsmith.techniques.int_ import Int
+from bitsmith.testing import check_technique
+
+CHOSEN: tuple[Technique, ...] = (
+    Float("bfloat16"),
+    Int(8, 8, symmetric=True, signed=True, out=Format(8, signed=True, symmetric=True)),
+    Int(4, None, granularity="group", group=2),
+    Int(2, 4, range=Range("mse"), weight_range=Range("mse"), granularity="tensor"),
+    Int(8, 16, affine_weights=True),
+)
+
+
+def in_package() -> Iterator[type[Technique]]:
+    """Every technique class of ``bitsmith.techniques``."""
+    for module in pkgutil.iter_modules(bitsmith.techniques.__path__):
+        found = vars(importlib.import_module(f"bitsmith.techniques.{module.name}"))
+        for value in found.values():
+            if isinstance(value, type) and issubclass(value, Technique) and value.__module__.endswith(module.name):
+                yield value
+
+
+def default(kind: type[Technique]) -> Technique | None:
+    required = [
+        f.name
+        for f in dataclasses.fields(kind)  # type: ignore[arg-type]
+        if f.init and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    return None if required else kind()
+
+
+@pytest.mark.parametrize("kind", list(in_package()), ids=lambda kind: kind.__name__)
+def test_default_and_its_neighbours(kind: type[Technique]) -> None:
+    technique = default(kind)
+    if technique is None:
+        assert any(isinstance(chosen, kind) for chosen in CHOSEN), f"{kind.__name__} has no defaults: put one in CHOSEN"
+        return
+    report = check_technique(technique, settings=8)
+    assert report.kinds
+    assert report.settings > 1 or not dataclasses.fields(kind)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("technique", CHOSEN, ids=repr)
+def test_chosen_settings(technique: Technique) -> None:
+    assert check_technique(technique, kinds=["conv2d", "linear", "matmul", "add"], settings=0).settings == 1
