@@ -123,12 +123,12 @@ class _Derivation:
         for node in self.graph:
             site = origin_of(node.metadata_props).site
             for index, value in enumerate(node.inputs) if site else ():
-                tensor = self._tensor(value, site)
+                tensor = self._tensor(value)
                 if tensor:
                     self.edges.setdefault((site, tensor), []).append((node, index))
 
-    def _tensor(self, value: ir.Value | None, reader: str) -> str:
-        """The tensor quantized at ``value``, or where the views before it begin; "" if ``reader`` made it itself."""
+    def _tensor(self, value: ir.Value | None) -> str:
+        """The tensor quantized at ``value``, or where the views before it begin; "" if there is none."""
         while value is not None and (node := value.producer()) is not None:
             origin = origin_of(node.metadata_props)
             if origin.tensor:
@@ -178,11 +178,11 @@ class _Derivation:
         left, right = _leaves(old), _leaves(new)
         if not same or len(left) != 1 or len(right) != 1:
             raise _UnderivableError
-        place_ = left[0].producer()
-        assert place_ is not None
+        last = left[0].producer()
+        assert last is not None
         values: dict[int, ir.Value] = {id(a): b for a, b in zip(theirs, mine, strict=True)}
         for node in new:
-            self.graph.insert_before(place_, self._copy(node, values))
+            self.graph.insert_before(last, self._copy(node, values))
         made = values[id(right[0])]
         if not replace(left[0], made):
             raise _UnderivableError
