@@ -81,6 +81,17 @@ def test_a_built_in_error_that_bitsmith_raises_is_the_users_and_one_from_elsewhe
     assert "defect" in said.err
 
 
+def test_a_runtime_that_is_not_installed_comes_with_the_line_that_installs_it(
+    files: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    said = run("demo", "-o", files / "demo")
+    assert said.code == 2
+    assert said.err.count('pip install "bitsmith[demo]"') == 1
+    assert "Traceback" not in said.err
+
+
 def test_debug_shows_the_traceback_before_and_after_the_command(files: Path, run: Run, verb: Any) -> None:
     verb(DataError("the loader is empty"))
     for argv in (["--debug", *_optimize(files / "o")], [*_optimize(files / "o"), "--debug"]):

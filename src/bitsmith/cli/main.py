@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else 0
     try:
         code: int = options.run(options)
+        sys.stdout.flush()  # a closed pipe is met here, not while Python ends
     except KeyboardInterrupt:
         _tell(_interrupted(options, given))
         return INTERRUPTED
@@ -101,6 +102,9 @@ def _message(error: Exception) -> str:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, MemoryError):
         return "not enough memory; use smaller batches, or fewer calibration samples"
+    if isinstance(error, ModuleNotFoundError) and error.name in doctor.EXTRAS:
+        line = f'pip install "bitsmith[{doctor.EXTRAS[error.name][1]}]"'
+        return str(error) if line in str(error) else f"{error}: {line}"
     return str(error) or type(error).__name__
 
 

@@ -106,5 +106,7 @@ class TerminalProgress:
         return f", about {(now - self._began) / self._done * (self._total - self._done):.0f} s left"
 
     def _line(self, text: str) -> None:
-        # names of sites and files may look like markup
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        from rich.text import Text
+
+        # as it is: names of sites and files may look like markup
+        self.console.print(Text(text), soft_wrap=True)

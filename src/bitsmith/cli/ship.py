@@ -39,7 +39,8 @@ def add(commands: Any) -> None:
 
     verify = commands.add_parser("verify", help="compare an exported file with its simulation, site by site")
     arguments.add_model(verify)
-    verify.add_argument("artifact", type=Path, metavar="ARTIFACT", help="the exported file; it holds its own plan")
+    verify.add_argument("artifact", type=Path, metavar="ARTIFACT", help="the exported file")
+    verify.add_argument("--plan", type=Path, metavar="PLAN", help="instead of the artifact's own")
     arguments.add_data(verify)
     arguments.add_target(verify, required=False)
     arguments.add_seed(verify)
@@ -127,7 +128,8 @@ def run_verify(options: Namespace) -> int:
     target = arguments.target(options.target or artifact.target, options.threads)
     model = load_model(options.model)
     loader, forward = load_calibration(options.data)
-    net = bs.apply(model, Plan.from_json(artifact.plan), loader, forward=forward, seed=options.seed)
+    plan = Plan.from_json(artifact.plan) if options.plan is None else Plan.load(options.plan)
+    net = bs.apply(model, plan, loader, forward=forward, seed=options.seed)
     check = bs.verify(net, artifact, loader, target=target, forward=forward)
     print_check(check)
     return 0 if check.passed else 1

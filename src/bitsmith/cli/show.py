@@ -44,7 +44,9 @@ def table(
 
 def plain(text: str) -> None:
     """Print a line as it is, unwrapped."""
-    console().print(text, markup=False, highlight=False, soft_wrap=True)
+    from rich.text import Text
+
+    console().print(Text(text), soft_wrap=True)
 
 
 def as_json(value: Any) -> None:

@@ -213,7 +213,7 @@ def print_frontier(result: Result) -> None:
         )
         for point in result.frontier
     ]
-    caption = f"{result.label}: least {result.minimize} within the limits; {result.evaluations} plans measured whole"
+    caption = f"{result.label}: least {result.minimize} within the limits; plans measured whole: {result.evaluations}"
     show.table(headings, rows, headings[1:4], caption)
 
 
