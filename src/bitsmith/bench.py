@@ -6,19 +6,20 @@ Every figure is asked from the store first; its key is the content that the figu
 from __future__ import annotations
 
 import functools
+import shutil
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ._hash import hash_files, hash_json, hash_state, technique_key
 from .compare import Score
-from .data import batch_size, digest, first_inputs
+from .data import digest, first_inputs
+from .export.program import with_batch
 from .metrics import source_digest
 from .model.apply import build
 from .model.calibrate import calibrate
@@ -31,6 +32,9 @@ from .site import Format
 from .store import Store
 from .targets.base import Artifact, SiteTimes, Target, Timing
 from .task import Split, Task, score
+
+if TYPE_CHECKING:
+    import onnx
 
 
 @dataclass(eq=False)
@@ -48,7 +52,7 @@ class Bench:
     progress: Progress = field(default_factory=Silent)
     _artifacts: dict[str, Artifact] = field(default_factory=dict)
     _digests: dict[str, str] = field(default_factory=dict)
-    _keep: tempfile.TemporaryDirectory[str] | None = None
+    _whole: tuple[Plan, onnx.ModelProto, onnx.ModelProto, tuple[str, ...]] | None = None
 
     @classmethod
     def open(
@@ -67,10 +71,12 @@ class Bench:
         """Record the model on its first calibration inputs. ``folder``: where artifacts go, a temporary one by default."""
         inputs = first_inputs(task.calibration)
         net = network(model, inputs, forward=task.forward, names=names)
-        keep = tempfile.TemporaryDirectory(prefix="bitsmith-") if folder is None else None
-        place_for = Path(keep.name) if keep is not None else Path(str(folder))
         opened = store if isinstance(store, Store) else Store(store)
-        return cls(model, task, target, opened, net, place_for, batch, seed, progress or Silent(), _keep=keep)
+        place = Path(tempfile.mkdtemp(prefix="bitsmith-") if folder is None else folder)
+        bench = cls(model, task, target, opened, net, place, batch, seed, progress or Silent())
+        if folder is None:
+            weakref.finalize(bench, shutil.rmtree, place, ignore_errors=True)
+        return bench
 
     # -- keys ----------------------------------------------------------------------------------------------------
 
@@ -157,13 +163,35 @@ class Bench:
         return with_batch(first_inputs(self.task.calibration), self.batch)
 
     def artifact(self, plan: Plan) -> Artifact:
-        """The exported file of an adapted plan; each plan is exported once."""
+        """The exported file of an adapted plan, derived from :meth:`everywhere` where it is a part of that."""
         digest = plan.digest()
         if digest not in self._artifacts:
             path = self.folder / "artifacts" / f"{digest[:16]}{suffix(self.target)}"
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._artifacts[digest] = self.target.export(self.simulate(plan), path, self.example, self.batch)
+            found = self._derived(plan, path)
+            self._artifacts[digest] = found or self.target.export(self.simulate(plan), path, self.example, self.batch)
         return self._artifacts[digest]
+
+    def everywhere(self, plan: Plan) -> None:
+        """Export an adapted plan once, so that the files of its parts come in milliseconds instead of seconds."""
+        from .export.names import site_names
+        from .export.onnx import raw_onnx
+        from .export.program import applied_program
+
+        def graph(net: nn.Module) -> onnx.ModelProto:
+            return raw_onnx(applied_program(net, self.example, self.batch)[0])
+
+        full = self.simulate(plan)
+        self._whole = (plan, graph(full), graph(self.simulate(Plan(prepare=plan.prepare))), tuple(site_names(full)))
+
+    def _derived(self, plan: Plan, path: Path) -> Artifact | None:
+        if self._whole is None:
+            return None
+        from .export.derive import derive
+
+        whole, full, base, sites = self._whole
+        model = derive(full, base, plan, whole, self.net.record)
+        return None if model is None else self.target.write(model, path, sites, plan, self.batch)
 
     def time_key(self, artifact: Artifact, rounds: int) -> dict[str, Any]:
         return {"artifact": artifact.digest(), "settings": self.target.settings(), "batch": self.batch, "rounds": rounds}
@@ -202,27 +230,3 @@ def code_key() -> str:
     root = Path(__file__).parent
     folders = ("model", "numerics", "export", "prepare")
     return hash_files([root / "operations.py", *(p for name in folders for p in sorted((root / name).glob("*.py")))])
-
-
-def with_batch(inputs: Any, batch: int) -> Any:
-    """The inputs with ``batch`` samples: every tensor whose first size is the batch size is cut or repeated."""
-    size = batch_size(inputs)
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.dim() and value.shape[0] == size:
-            repeats = -(-batch // size)
-            return torch.cat([value] * repeats)[:batch] if repeats > 1 else value[:batch]
-        if isinstance(value, (tuple, list)):
-            return type(value)(cut(item) for item in value)
-        if isinstance(value, Mapping):
-            return {name: cut(item) for name, item in value.items()}
-        return value
-
-    return cut(inputs)
-
-
-def timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    """A result and the seconds it took."""
-    start = time.perf_counter()
-    result = work()
-    return result, time.perf_counter() - start

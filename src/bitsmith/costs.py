@@ -73,10 +73,17 @@ def probe_plans(options: Mapping[str, Sequence[Option]], mixed: int, seed: int) 
     return plans
 
 
+def _everywhere(options: Mapping[str, Sequence[Option]]) -> Plan:
+    """Every site under its first technique that is not float: the other probes are parts of it."""
+    firsts = {site: next((o.technique for o in rows if not o.is_float), None) for site, rows in options.items()}
+    return Plan({site: technique for site, technique in firsts.items() if technique is not None})
+
+
 def learn(bench: Bench, options: Mapping[str, Sequence[Option]], edges: Sequence[Edge], mixed: int = 12) -> Costs:
     """Profile and time probe plans on a measured target, and fit the table."""
     asked = probe_plans(options, mixed, bench.seed)
     plans = [bench.target.adapt(plan, bench.net.record) for plan in asked]
+    bench.everywhere(bench.target.adapt(_everywhere(options), bench.net.record))
     bench.progress.start(f"exporting and timing {len(plans)} probe plans on {bench.target.name}", len(plans))
     for plan in plans:
         bench.artifact(plan)

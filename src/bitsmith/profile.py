@@ -16,6 +16,7 @@ from . import costs
 from ._files import atomic_write
 from .bench import Bench
 from .costs import FLOAT, Costs, Option
+from .data import batch_size, first_inputs
 from .metrics import source_digest
 from .plan import Plan, PlanError, decode, encode, known_classes
 from .progress import Progress
@@ -24,6 +25,7 @@ from .sensitivity.one_at_a_time import output_error
 from .site import Edge, Site, UnknownSiteError
 from .store import Store
 from .targets.base import Target
+from .targets.roofline import scaled
 from .task import Task
 from .technique import No, Technique
 from .techniques.float_ import Float
@@ -327,19 +329,25 @@ def _losses(
 
 def _costs(bench: Bench, options: Mapping[str, Sequence[Option]], flow: Sequence[Edge]) -> Costs:
     record = bench.net.record
+    factor = bench.batch / batch_size(first_inputs(bench.task.calibration))
     formulas = {
-        (site, option.technique): bench.target.cost(record.sites[site], option.technique)
+        (site, option.technique): bench.target.cost(scaled(record.sites[site], factor), option.technique)
         for site, rows in options.items()
         for option in rows
     }
     if any(ms is None for ms in formulas.values()):
         return costs.learn(bench, options, flow)
-    fixed = sum(bench.target.cost(site, Float()) or 0.0 for name, site in record.sites.items() if name not in options)
+    seen_inside = {site.parent for site in record.sites.values()}
+    fixed = sum(
+        bench.target.cost(scaled(site, factor), Float()) or 0.0
+        for name, site in record.sites.items()
+        if name not in options and name not in seen_inside
+    )
     known = {key: float(ms) for key, ms in formulas.items() if ms is not None}
     edges = {}
     for edge in flow:
         shape = record.sites[edge.consumer].operands[edge.operand]
         for produced, consumed in costs.meeting(edge, options):
-            edges[edge, produced, consumed] = bench.target.conversion_cost(shape.numel, produced, consumed) or 0.0
+            edges[edge, produced, consumed] = bench.target.conversion_cost(round(shape.numel * factor), produced, consumed) or 0.0
     whole = fixed + sum(known[site, Float()] for site in options)
     return Costs(known, edges, fixed, 0.0, 0, whole, whole)

@@ -50,14 +50,20 @@ class _Computer(Names):
 
     def __init__(self, net: Network, plan: Plan, additions: Additions, placement: Placement) -> None:
         super().__init__(net)
-        self.additions = additions
+        self.plan = plan
+        self.probe: Callable[[str, Tensor], Tensor] | None = None
+        self.written: dict[str, Quantizer] = {}
         self.cells: dict[str, nn.Module] = {}
-        self.writes: dict[str, list[tuple[int, nn.Module]]] = {}
+        self.writes: dict[str, list[tuple[int, Quantizer]]] = {}
         self.folded: dict[str, nn.Module] = {}
+        self.bypassed = False
         for name in net.record.sites:
             self.cells[name] = additions.cells[encode_key(name)]
         for (name, index), (tensor, fmt) in placement.writes.items():
-            self.writes.setdefault(name, []).append((index, additions.tensors[tensor_key(tensor, fmt)]))
+            found = additions.tensors[tensor_key(tensor, fmt)]
+            assert isinstance(found, Quantizer)
+            self.written[tensor] = found
+            self.writes.setdefault(name, []).append((index, found))
         self.busy = frozenset({*plan.sites, *self.writes})
         self.watch(self.busy)
 
@@ -65,6 +71,10 @@ class _Computer(Names):
         """The normalisation at site ``name`` is absorbed by its producer while ``module`` is in eval."""
         self.folded[name] = module
         self.watch({*self.busy, *self.folded})
+
+    def bypass(self) -> None:
+        """Compute everything as it was; what would be quantized when written still passes ``probe``."""
+        self.bypassed = True
 
     def name_everything(self) -> None:
         """Send every site through its cell, so that exported nodes carry its name."""
@@ -81,6 +91,8 @@ class _Computer(Names):
     def compute(
         self, name: str, scope: Scope, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
+        if self.bypassed:
+            return self._written(name, function(*args, **kwargs))
         norm = self.folded.get(name)
         if norm is not None and not norm.training:
             output: Any = BY_FUNCTION[function].bind(args, kwargs)["input"]
@@ -96,18 +108,21 @@ class _Computer(Names):
 
     def compute_module(self, name: str, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         cell = self.cells[name]
+        if self.bypassed:
+            return self._written(name, inner(*args, **kwargs))
         return self._written(name, cell(*args, inner=inner, **kwargs) if isinstance(cell, Cell) else inner(*args, **kwargs))
 
     def _written(self, name: str, output: Any) -> Any:
         quantizers = self.writes.get(name)
         if quantizers is None:
             return output
-        if isinstance(output, Tensor):
-            return quantizers[0][1](output)
-        made = list(output)
+        made = [output] if isinstance(output, Tensor) else list(output)
         for index, quantizer in quantizers:
-            made[index] = quantizer(made[index])
-        return type(output)(made)
+            if not self.bypassed:
+                made[index] = quantizer(made[index])
+            if self.probe is not None:
+                made[index] = self.probe(self.record_sites[name].writes[index], made[index])
+        return made[0] if isinstance(output, Tensor) else type(output)(made)
 
 
 def apply(
@@ -176,6 +191,11 @@ def quantizer(record: Record, tensor: str, fmt: Format) -> Quantizer:
     return Quantizer(fmt, scale, zero_point)
 
 
+def is_applied(net: nn.Module) -> bool:
+    """Whether ``net`` came from :func:`apply`."""
+    return isinstance(dict(net.named_children()).get(CHILD), Additions)
+
+
 def additions_of(net: nn.Module) -> Additions:
     """What ``apply`` added to ``net``; an error if nothing was."""
     found = dict(net.named_children()).get(CHILD)
@@ -189,6 +209,11 @@ def computer_of(net: nn.Module) -> _Computer:
     handler = net.__dict__["_interceptor"].handler
     assert isinstance(handler, _Computer)  # additions_of saw the child that only build adds
     return handler
+
+
+def plan_of(net: nn.Module) -> Plan:
+    """The plan that an applied network computes."""
+    return computer_of(net).plan
 
 
 def materialised(net: nn.Module, run: Callable[[nn.Module], Any]) -> nn.Module:

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,9 @@ from .._files import atomic_write
 from ..plan import Plan
 from ..site import Record, Site
 from ..technique import No, Technique
+
+if TYPE_CHECKING:
+    import onnx
 
 Source = Literal["measured", "simulated", "modelled"]
 Array = NDArray[Any]
@@ -224,6 +227,15 @@ class Target(ABC):
     @abstractmethod
     def site_times(self, artifact: Artifact, rounds: int = 30) -> SiteTimes:
         """Where the time goes, from the runtime's own profile."""
+
+    def write(
+        self, model: onnx.ModelProto, path: str | Path, sites: Sequence[str], plan: Plan, batch: int | None = None
+    ) -> Artifact | None:
+        """The artifact of a graph from ``to_onnx`` or ``derive``, in this runtime's form; None: it takes no ONNX.
+
+        ``sites``: names of all sites, those without a node included. ``batch``: None, the graph input's first size.
+        """
+        return None
 
     def cost(self, site: Site, technique: Technique) -> float | None:
         """Modelled ms per batch of that site alone, conversions left out; None: it must be measured."""

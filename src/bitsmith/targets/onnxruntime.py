@@ -21,6 +21,7 @@ from ..export.forms import onnxruntime_form
 from ..export.names import site_names
 from ..export.onnx import named, site_map, to_onnx
 from ..export.program import applied_program
+from ..model.apply import is_applied, plan_of
 from ..model.formats import place
 from ..plan import Plan
 from ..site import Format, Record, Site
@@ -137,11 +138,17 @@ class OnnxRuntime(Target):
 
     def export(self, net: nn.Module, path: str | Path, example: Any, batch: int | None = None) -> Artifact:
         """Write ``net`` as ONNX in the form that ONNX Runtime fuses, and its map beside it."""
+        program, _ = applied_program(net, example, batch)
+        return self.write(to_onnx(program), path, site_names(net), plan_of(net) if is_applied(net) else Plan())
+
+    def write(
+        self, model: onnx.ModelProto, path: str | Path, sites: Sequence[str], plan: Plan, batch: int | None = None
+    ) -> Artifact:
+        """Bring a graph into the form that ONNX Runtime fuses, save it, and its map beside it."""
         import onnx
 
-        program, _ = applied_program(net, example, batch)
-        model = named(onnxruntime_form(to_onnx(program)))
-        nodes, values = site_map(model, site_names(net))
+        model = named(onnxruntime_form(model))
+        nodes, values = site_map(model, sites)
         path = atomic_write(path, lambda temporary: onnx.save(model, str(temporary)))
         inputs = tuple(_described(value) for value in model.graph.input)
         artifact = Artifact(
@@ -151,8 +158,9 @@ class OnnxRuntime(Target):
             values=values,
             inputs=inputs,
             outputs=tuple(value.name for value in model.graph.output),
-            batch=next((shape[0] for _, shape, _ in inputs if shape), 1),
+            batch=batch or next((shape[0] for _, shape, _ in inputs if shape), 1),
             target=self.name,
+            plan=plan.to_json(),
             versions=_versions(),
         )
         artifact.save()

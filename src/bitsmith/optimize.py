@@ -1,0 +1,176 @@
+"""The main job: a trained network in, a faster one that really runs out, with the proof."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ._files import check_writable
+from .bench import Bench, suffix
+from .compare import drop
+from .evaluate import Evaluator, adapt
+from .plan import Budget, Plan
+from .profile import Profile, measure
+from .progress import Progress, Silent
+from .report.compose import report
+from .report.data import Report
+from .search import BudgetError, Result, Search, search
+from .search.exact import Exact
+from .sensitivity.base import Sensitivity
+from .sensitivity.one_at_a_time import output_error
+from .store import Store, machine_key
+from .targets.base import Artifact, Target
+from .task import Task
+from .technique import Technique
+from .techniques.int_ import Int
+from .verify import Check, verify
+
+
+@dataclass(frozen=True)
+class Optimized:
+    """What :func:`optimize` hands back. ``plan`` is the adapted one; ``net`` its simulation; ``artifact`` what runs."""
+
+    plan: Plan
+    artifact: Artifact
+    report: Report
+    net: nn.Module
+    result: Result
+    check: Check
+    profile: Profile
+
+
+def optimize(
+    model: nn.Module,
+    task: Task,
+    target: Target,
+    budget: Budget,
+    *,
+    minimize: str | None = None,
+    techniques: Sequence[Technique] | None = None,
+    method: Search | None = None,
+    sensitivity: Sensitivity = output_error,
+    store: Store | str | Path | None = None,
+    batch: int = 1,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    progress: Progress | None = None,
+    title: str = "",
+) -> Optimized:
+    """Profile, search, apply, export, verify, report: the verbs composed.
+
+    ``budget``: limits; if ``drop`` is the only one, ``ms`` is minimized, otherwise say what with ``minimize``.
+    ``techniques``: what may stand at a site, ``[Int(8, 8)]`` by default. ``folder``: gets ``plan.json``, the model file,
+    ``report.html``, ``report.json`` and, if no ``store`` is given, the store ``runs.db`` from which a killed run
+    resumes. ``batch``: of the times and of the file.
+
+    Calibration and validation data are read to choose; ``task.test`` is forwarded once, for the report. Raises
+    ``BudgetError`` if no plan meets the budget, after the best one was saved; it carries that one as ``.best``.
+    """
+    progress = progress or Silent()
+    place = check_writable(folder) if folder is not None else None
+    if store is None and place is not None:
+        store = place / "runs.db"
+    # the artifacts of probes go to a temporary folder; only the chosen one goes to the user's
+    bench = Bench.open(model, task, target, store=store, batch=batch, seed=seed, progress=progress)
+    offered = list(techniques) if techniques is not None else [Int(8, 8)]
+    _dry_run(bench, offered)
+    profiled = measure(bench, offered, sensitivity)
+    failure: BudgetError | None = None
+    try:
+        result = search(profiled, budget, minimize, method or Exact(), Evaluator(bench), _told(progress))
+    except BudgetError as error:
+        failure, result = error, error.best
+    finished = _finish(bench, profiled, result, budget, place, title)
+    if failure is not None:
+        raise failure
+    return finished
+
+
+def _dry_run(bench: Bench, offered: Sequence[Technique]) -> None:
+    """Export and run the float network first, and say how long the rest will take: nothing fails at the end."""
+    progress = bench.progress
+    progress.start("trying the float network on the target", 2)
+    start = time.perf_counter()
+    reference = bench.score(None)
+    seconds = time.perf_counter() - start
+    progress.advance()
+    start = time.perf_counter()
+    bench.times([Plan()], rounds=5)
+    exporting = time.perf_counter() - start
+    progress.advance()
+    sites = sum(site.role == "integer" for site in bench.net.record.sites.values())
+    share = sum(1 for _ in bench.task.calibration) / max(sum(1 for _ in bench.task.validation), 1)
+    minutes = (sites * len(offered) * share * 1.5 * seconds + 12 * (exporting + 1.5 * seconds)) / 60
+    progress.note(
+        f"{len(bench.net.record.sites)} sites, {sites} of them can change; float: {reference}; "
+        f"about {max(minutes, 0.1):.1f} minutes if nothing is in the store yet"
+    )
+
+
+def _told(progress: Progress) -> Callable[[str, int, int], None]:
+    seen: dict[str, int] = {}
+
+    def tell(what: str, done: int, total: int) -> None:
+        if what not in seen:
+            seen[what] = 0
+            progress.start(what, total)
+        progress.advance(done - seen[what])
+        seen[what] = done
+
+    return tell
+
+
+def _finish(
+    bench: Bench, profiled: Profile, result: Result, budget: Budget, folder: Path | None, title: str
+) -> Optimized:
+    """Export the chosen plan, verify it, measure it against float once more, and report."""
+    task, target, progress = bench.task, bench.target, bench.progress
+    progress.start("exporting, verifying and measuring the chosen plan", 4)
+    plan = adapt(bench, result.plan)
+    net = bench.simulate(plan)
+    place = folder or bench.folder
+    artifact = target.export(net, place / f"model{suffix(target)}", bench.example, bench.batch)
+    progress.advance()
+    check = verify(net, artifact, task.calibration, target=target, forward=task.forward)
+    progress.advance()
+    split = "test" if task.test is not None else "validation"
+    float_score, plan_score = bench.score(None, split), bench.score(plan, split)
+    progress.advance()
+    float_time, plan_time = bench.times([Plan(), plan], rounds=200)
+    written = report(
+        profiled,
+        plan,
+        check,
+        result=result,
+        budget=budget,
+        title=title or f"{type(bench.model).__name__} on {target.name}",
+        metric=task.name,
+        float_score=float_score,
+        plan_score=plan_score,
+        drop=drop(float_score, plan_score),
+        split="test (never used for selection)" if task.test is not None else "selected on these samples",
+        float_time=float_time,
+        plan_time=plan_time,
+        float_bytes=bench.artifact(Plan()).bytes,
+        plan_bytes=artifact.bytes,
+        float_sites=bench.site_times(Plan()),
+        plan_sites=bench.site_times(plan),
+        sites=bench.net.record.sites,
+        settings=target.settings(),
+        versions={**artifact.versions, "torch": torch.__version__, "python": platform.python_version()},
+        machine=machine_key(),
+        seed=bench.seed,
+        store={"hits": bench.store.hits, "misses": bench.store.misses},
+    )
+    if folder is not None:
+        plan.save(folder / "plan.json")
+        written.save(folder / "report.json")
+        written.save(folder / "report.html")
+    progress.advance()
+    return Optimized(plan, artifact, written, net, result, check, profiled)

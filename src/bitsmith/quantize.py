@@ -1,0 +1,60 @@
+"""One call from a float network to an integer one: the plan a target would be given, applied."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from .data import first_inputs
+from .model.apply import build
+from .model.network import network
+from .plan import Plan
+from .site import UnknownSiteError
+from .targets.base import Target
+from .targets.onnxruntime import OnnxRuntime
+from .technique import No, Technique
+from .techniques.int_ import Int
+
+
+def quantize(
+    model: nn.Module,
+    calibration: Any,
+    target: Target | None = None,
+    technique: Technique | None = None,
+    *,
+    exclude: Sequence[str] = (),
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    seed: int = 0,
+) -> nn.Module:
+    """Put ``technique`` (``Int(8, 8)``) at every site that the target (ONNX Runtime) has a kernel for: a simulation.
+
+    ``calibration``: a loader of ``(inputs, target)`` for the ranges. ``exclude``: shell patterns of sites to leave in
+    float; one that matches nothing is an error. ``plan_of(net)`` is the plan, ``export(net, target, path, example)``
+    writes the file. The model is not changed. Raises ``ValueError`` with the reasons if not one site can change.
+    """
+    target = target or OnnxRuntime()
+    technique = technique or Int(8, 8)
+    net = network(model, first_inputs(calibration), forward=forward)
+    left: set[str] = set()
+    for pattern in exclude:
+        hits = {name for name in net.record.sites if name == pattern or fnmatch.fnmatchcase(name, pattern)}
+        if not hits:
+            raise UnknownSiteError(pattern, net.record.sites)
+        left |= hits
+    chosen: dict[str, Technique] = {}
+    reasons: dict[str, None] = {}
+    for name, site in net.record.sites.items():
+        verdict = technique.fits(site)
+        if verdict:
+            verdict = target.supports(technique, site)
+        if verdict and name not in left:
+            chosen[name] = technique
+        elif isinstance(verdict, No):
+            reasons[f"{site.kind}: {verdict}"] = None
+    plan = target.adapt(Plan(chosen), net.record)
+    if not plan.sites:
+        raise ValueError(f"{technique} changes not one site on {target.name}: {'; '.join(reasons) or 'all are excluded'}")
+    return build(net, plan, calibration, seed=seed)

@@ -1,0 +1,157 @@
+"""Which site every node of OpenVINO's compiled CPU graph computes, and in which precision.
+
+The plugin notes with every node the layers that it was made of (``originalLayersNames``), the precision its kernel
+computes in (``runtimePrecision``) and the kernel's name (``primitiveType``, ``..._I8`` for the integer ones).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .base import Realised, TargetError
+
+if TYPE_CHECKING:
+    import openvino as ov
+
+_IDLE = frozenset({"Input", "Output", "Const", "Reshape", "Reorder", "ShapeOf", "Transpose", "MemoryInput"})
+"""Nodes that compute nothing: a site that only they carry moves values."""
+
+_CONVERTING = frozenset({"Subgraph", "Eltwise", "FakeQuantize", "Convert"})
+_SMALL = frozenset({"i8", "u8", "i4", "u4"})
+_FLOAT = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node of the compiled graph. ``layers``: the layers of the exported file it computes, in order."""
+
+    name: str
+    kind: str
+    layers: tuple[str, ...]
+    precision: str
+    kernel: str
+    outputs: tuple[str, ...]
+    sources: tuple[str, ...]
+
+    @property
+    def integer(self) -> bool:
+        return self.precision in ("u8", "i8") or self.kernel.endswith(("_I8", "_u8", "_i8"))
+
+
+def executed(compiled: ov.CompiledModel) -> list[Node]:
+    """The nodes that the compiled model runs, in order."""
+    nodes = []
+    for op in compiled.get_runtime_model().get_ordered_ops():
+        notes = op.get_rt_info()
+
+        def note(key: str, notes: Mapping[str, object] = notes) -> str:
+            value = notes[key] if key in notes else ""
+            return str(getattr(value, "value", value))
+
+        nodes.append(
+            Node(
+                op.get_friendly_name(),
+                note("layerType"),
+                tuple(filter(None, note("originalLayersNames").split(","))),
+                note("runtimePrecision"),
+                note("primitiveType"),
+                tuple(note("outputPrecisions").split(",")),
+                tuple(value.get_source_output().get_node().get_friendly_name() for value in op.inputs()),
+            )
+        )
+    return nodes
+
+
+def check_precision(nodes: Iterable[Node], bfloat16: bool) -> None:
+    """Raise if the runtime computes in half precision behind the plan's back, as it does by default where it can."""
+    found = [node for node in nodes if node.precision in ("bf16", "f16")]
+    if found and not bfloat16:
+        raise TargetError(
+            f"OpenVINO computes {len(found)} nodes in {found[0].precision} ({found[0].name}, ...) though float32 was "
+            "asked for: a time or a result would not be what the plan says; ask for it with OpenVino(bfloat16=True)"
+        )
+
+
+@dataclass(frozen=True)
+class Owners:
+    """``by_layer``: layer of the exported file -> site. ``tensors``: names of the tensors that can be converted."""
+
+    by_layer: Mapping[str, str]
+    tensors: frozenset[str]
+
+    @classmethod
+    def of(cls, nodes: Mapping[str, Iterable[str]], tensors: Iterable[str]) -> Owners:
+        return cls({layer: site for site, layers in nodes.items() for layer in layers}, frozenset(tensors))
+
+    def sites(self, node: Node) -> list[str]:
+        """The sites that a node computes, the one it is the kernel of first."""
+        if node.kind in _IDLE:
+            return []
+        return list(dict.fromkeys(self.by_layer[layer] for layer in node.layers if layer in self.by_layer))
+
+    def converted(self, layer: str) -> str:
+        """The tensor that a layer quantizes or dequantizes; "" if it does neither."""
+        tensor, _, operation = layer.rpartition("/")
+        return tensor if operation.startswith(("Quantize.", "Dequantize.")) and tensor in self.tensors else ""
+
+    def tensor(self, node: Node, graph: Mapping[str, Node]) -> str:
+        """The tensor whose format a node that belongs to no site changes; "" for none (a change of layout)."""
+        if node.kind in _CONVERTING:
+            return next(filter(None, map(self.converted, node.layers)), "")
+        if node.kind != "Reorder" or node.precision == node.outputs[0]:
+            return ""
+        source = graph.get(node.sources[0]) if node.sources else None
+        for layer in reversed(source.layers if source is not None else ()):
+            tensor = self.converted(layer) or self.by_layer.get(layer, "") or f"@{layer}"
+            if tensor in self.tensors:
+                return tensor
+        return ""
+
+
+def realised(
+    owners: Owners, sites: Iterable[str], nodes: Iterable[Node], compressed: Iterable[str]
+) -> dict[str, Realised]:
+    """The precision of every site. ``compressed``: sites whose weights are stored as small integers."""
+    computes: dict[str, list[Node]] = {}
+    absorbed: dict[str, Node] = {}
+    for node in nodes:
+        for k, site in enumerate(owners.sites(node)):
+            if k:
+                absorbed.setdefault(site, node)
+            else:
+                computes.setdefault(site, []).append(node)
+    small = frozenset(compressed)
+    found = {}
+    for site in sites:
+        if site in computes:
+            found[site] = _precision(computes[site], site in small)
+        elif site in absorbed:
+            found[site] = Realised("folded", f"into {absorbed[site].kind} {absorbed[site].name}")
+        else:
+            found[site] = Realised("removed", "no node computes it: constant, or implied by a quantizer's limits")
+    return found
+
+
+def _precision(nodes: list[Node], compressed: bool) -> Realised:
+    names = ", ".join(dict.fromkeys(f"{node.kind} {node.kernel}" for node in nodes))
+    if any(node.integer for node in nodes):
+        rest = ", ".join(dict.fromkeys(node.kind for node in nodes if not node.integer))
+        return Realised("int8", f"{names}; {rest} in float" if rest else names)
+    if compressed:
+        return Realised("size only", f"its weights are stored as integers, {names}")
+    return Realised(_FLOAT.get(nodes[0].precision, nodes[0].precision), names)
+
+
+def compressed_sites(model: ov.Model, by_layer: Mapping[str, str]) -> set[str]:
+    """Sites of the exported file that read a constant of 8 or fewer bits."""
+    found = set()
+    for op in model.get_ordered_ops():
+        if op.get_type_name() != "Constant" or op.get_output_element_type(0).get_type_name() not in _SMALL:
+            continue
+        for target in op.output(0).get_target_inputs():
+            site = by_layer.get(target.get_node().get_friendly_name(), "")
+            if site and len(op.get_output_shape(0)) > 1:
+                found.add(site)
+    return found
