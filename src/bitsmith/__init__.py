@@ -1,1 +1,128 @@
-"""Bitsmith."""
+"""Bitsmith fits a trained neural network to the hardware it will run on.
+
+It measures what each layer costs and can lose on the real runtime, searches a per-layer plan inside a budget, and
+hands back a model that really runs there, with the proof.
+
+    import bitsmith as bs
+
+    task = bs.Task(calibration=calib, validation=val, test=test, metric=bs.metrics.top1)
+    result = bs.optimize(model, task, bs.targets.OnnxRuntime(threads=2), bs.Budget(drop=0.01), folder="out")
+"""
+
+from __future__ import annotations
+
+from . import metrics as metrics
+from . import searches as searches
+from . import targets as targets
+from .compare import Drop as Drop
+from .compare import Score as Score
+from .costs import Costs as Costs
+from .data import DataError as DataError
+from .data import ModelRunError as ModelRunError
+from .data import Unlabelled as Unlabelled
+from .deploy import export as export
+from .evaluate import evaluator as evaluator
+from .export.program import ExportError as ExportError
+from .model.apply import apply as apply
+from .model.apply import plan_of as plan_of
+from .model.calibrate import CalibrationError as CalibrationError
+from .model.intercept import InterceptionError as InterceptionError
+from .model.network import sites as sites
+from .optimize import Optimized as Optimized
+from .optimize import optimize as optimize
+from .plan import Budget as Budget
+from .plan import Plan as Plan
+from .plan import PlanError as PlanError
+from .profile import EdgeRow as EdgeRow
+from .profile import Profile as Profile
+from .profile import Row as Row
+from .profile import profile as profile
+from .progress import Progress as Progress
+from .quantize import quantize as quantize
+from .report.compose import report as report
+from .report.data import Report as Report
+from .search import BudgetError as BudgetError
+from .search import Evaluation as Evaluation
+from .search import Result as Result
+from .search import search as search
+from .sensitivity.one_at_a_time import loss_rise as loss_rise
+from .sensitivity.one_at_a_time import output_error as output_error
+from .site import Edge as Edge
+from .site import Format as Format
+from .site import Range as Range
+from .site import Record as Record
+from .site import Site as Site
+from .site import UnknownSiteError as UnknownSiteError
+from .store import Store as Store
+from .store import StoreError as StoreError
+from .targets.base import Artifact as Artifact
+from .task import Task as Task
+from .technique import Cell as Cell
+from .technique import No as No
+from .technique import Step as Step
+from .technique import Technique as Technique
+from .technique import Wants as Wants
+from .techniques.float_ import Float as Float
+from .techniques.int_ import Int as Int
+from .verify import Check as Check
+from .verify import verify as verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Artifact",
+    "Budget",
+    "BudgetError",
+    "CalibrationError",
+    "Cell",
+    "Check",
+    "Costs",
+    "DataError",
+    "Drop",
+    "Edge",
+    "EdgeRow",
+    "Evaluation",
+    "ExportError",
+    "Float",
+    "Format",
+    "Int",
+    "InterceptionError",
+    "ModelRunError",
+    "No",
+    "Optimized",
+    "Plan",
+    "PlanError",
+    "Profile",
+    "Progress",
+    "Range",
+    "Record",
+    "Report",
+    "Result",
+    "Row",
+    "Score",
+    "Site",
+    "Step",
+    "Store",
+    "StoreError",
+    "Task",
+    "Technique",
+    "UnknownSiteError",
+    "Unlabelled",
+    "Wants",
+    "apply",
+    "evaluator",
+    "export",
+    "loss_rise",
+    "metrics",
+    "optimize",
+    "output_error",
+    "plan_of",
+    "profile",
+    "quantize",
+    "report",
+    "search",
+    "searches",
+    "sites",
+    "targets",
+    "verify",
+]
