@@ -5,11 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
-
-import bitsmith as bs
 from bitsmith.cli.look import example_sites, support
-from bitsmith.model.network import sites
 from bitsmith.operations import OPERATIONS
 from bitsmith.targets.onnxruntime import OnnxRuntime
 from bitsmith.techniques.float_ import Float
@@ -18,11 +14,6 @@ from bitsmith.techniques.int_ import Int
 from .conftest import Run
 
 ARGV = ("sites", "net.py:build", "--data", "data.py:task")
-
-
-@pytest.fixture(autouse=True)
-def _verbs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bs, "sites", sites, raising=False)
 
 
 def test_the_sites_are_a_table_with_their_multiplications(files: Path, run: Run) -> None:

@@ -43,7 +43,7 @@ def verb(monkeypatch: pytest.MonkeyPatch) -> Any:
                 open_store.put("loss", {"site": "0"}, 1.0)
             raise error
 
-        monkeypatch.setattr(bs, "optimize", optimize, raising=False)
+        monkeypatch.setattr(bs, "optimize", optimize)
 
     return replace
 

@@ -187,7 +187,7 @@ def test_optimize_hands_over_what_was_asked(files: Path, run: Run, monkeypatch: 
         given.update(rest, target=target, budget=budget, model=model)
         raise StopError("seen")
 
-    monkeypatch.setattr(bs, "optimize", optimize, raising=False)
+    monkeypatch.setattr(bs, "optimize", optimize)
     argv = ("--drop", 0.01, "--mib", 2, "--minimize", "ms", "--batch", 4, "--seed", 7, "--title", "T")
     said = run("optimize", *NET, *ON, *argv, "--techniques", "Int(8, 8)", "Int(4, None)", "-o", "out")
     assert (said.code, said.err) == (2, "bitsmith: seen\n")
