@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -40,6 +40,7 @@ class Operation:
     inplace: frozenset[Callable[..., Any]] = frozenset()
     macs: Callable[[Sequence[Shape], Sequence[Shape]], int] = lambda inputs, outputs: 0
     variadic: bool = False  # the first argument is a list of operands (cat)
+    synonyms: Mapping[str, str] = field(default_factory=lambda: dict(_SYNONYMS))
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The call's arguments under their canonical names, in canonical order; only what the caller gave."""
@@ -48,7 +49,7 @@ class Operation:
             rest = args[1:]
             bound["operands"] = tuple(rest[0]) if len(rest) == 1 and isinstance(rest[0], (list, tuple)) else rest
         for name, value in kwargs.items():
-            bound[_SYNONYMS.get(name, name)] = value
+            bound[self.synonyms.get(name, name)] = value
         return bound
 
     def split(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -57,6 +58,25 @@ class Operation:
         if self.variadic:
             return tuple(rest.pop(self.operands[0])), rest
         return tuple(rest.pop(name) for name in self.operands if name in rest), rest
+
+    def target(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+        """The tensor that the call overwrites (``x += y``, ``F.relu(x, inplace=True)``), or None."""
+        if function not in self.inplace and not (
+            "inplace" in self.signature and self.bind(args, kwargs).get("inplace")
+        ):
+            return None
+        target: Tensor = self.bind(args, kwargs)["input"]
+        return target
+
+    def on_tensors(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether the call can be a site at all: it has floating operands, and arithmetic has two of them.
+
+        ``x + 1`` and ``x * scale`` with a scalar are not a meeting of two tensors.
+        """
+        found = [t for t in self.split(args, kwargs)[0] if isinstance(t, Tensor)]
+        if self.kind in ("add", "sub", "mul"):
+            return len(found) == 2 and all(t.dim() > 0 and t.is_floating_point() for t in found)
+        return any(t.is_floating_point() for t in found)
 
 
 def _conv_macs(inputs: Sequence[Shape], outputs: Sequence[Shape]) -> int:
@@ -104,6 +124,27 @@ def _scatter_reduce(
     return torch.scatter_reduce(input, dim, index, source, reduce, include_self=include_self)
 
 
+def _softmax(
+    input: Tensor, *, dim: int | None = None, _stacklevel: Any = 3, dtype: torch.dtype | None = None
+) -> Tensor:
+    # torch.softmax and F.softmax disagree about the third argument
+    dtype = _stacklevel if isinstance(_stacklevel, torch.dtype) else dtype
+    return F.softmax(input, dim, dtype=dtype)
+
+
+def _log_softmax(
+    input: Tensor, *, dim: int | None = None, _stacklevel: Any = 3, dtype: torch.dtype | None = None
+) -> Tensor:
+    dtype = _stacklevel if isinstance(_stacklevel, torch.dtype) else dtype
+    return F.log_softmax(input, dim, dtype=dtype)
+
+
+def _recurrent(kind: str) -> Callable[..., Any]:
+    """``torch.lstm`` and its like, which take positional arguments only."""
+    function = getattr(torch, kind)
+    return lambda *operands, **rest: function(*operands, *rest.values())
+
+
 def _einsum_macs(inputs: Sequence[Shape], outputs: Sequence[Shape]) -> int:
     # without the equation: the geometric mean of the three sizes is exact for a matrix product (ab, bc -> ac)
     if len(inputs) != 2:
@@ -142,14 +183,30 @@ def _activation(kind: str, *parameters: str) -> Operation:
     )
 
 
-_SYNONYMS = {"self": "input", "mat2": "other", "batch2": "other", "batch1": "input", "axis": "dim", "x": "input"}
+_SYNONYMS: dict[str, str] = {
+    "self": "input",
+    "mat2": "other",
+    "axis": "dim",
+    "keepdims": "keepdim",
+    "x1": "input",
+    "x2": "other",
+}
+_ADDED_TO = {
+    "self": "bias",
+    "input": "bias",
+    **dict.fromkeys(("mat1", "batch1"), "input"),
+    "mat2": "other",
+    "batch2": "other",
+}
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _CONV_T = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 _POOL = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
 
 _TABLE: tuple[Operation, ...] = (
     *(
-        Operation(f"conv{n}d", getattr(F, f"conv{n}d"), _names(f"conv{n}d"), _CONV, ("input", "weight"), macs=_conv_macs)
+        Operation(
+            f"conv{n}d", getattr(F, f"conv{n}d"), _names(f"conv{n}d"), _CONV, ("input", "weight"), macs=_conv_macs
+        )
         for n in (1, 2, 3)
     ),
     *(
@@ -163,7 +220,9 @@ _TABLE: tuple[Operation, ...] = (
         )
         for n in (1, 2, 3)
     ),
-    Operation("linear", F.linear, _names("linear"), ("input", "weight", "bias"), ("input", "weight"), macs=_linear_macs),
+    Operation(
+        "linear", F.linear, _names("linear"), ("input", "weight", "bias"), ("input", "weight"), macs=_linear_macs
+    ),
     Operation(
         "matmul",
         torch.matmul,
@@ -179,8 +238,11 @@ _TABLE: tuple[Operation, ...] = (
         ("bias", "input", "other", "beta", "alpha"),
         ("input", "other"),
         macs=_linear_macs,
+        synonyms=_ADDED_TO,
     ),
-    Operation("einsum", _einsum, _names("einsum"), ("equation", "operands"), ("operands",), macs=_einsum_macs, variadic=True),
+    Operation(
+        "einsum", _einsum, _names("einsum"), ("equation", "operands"), ("operands",), macs=_einsum_macs, variadic=True
+    ),
     _elementwise("add", "__radd__"),
     _elementwise("sub"),
     _elementwise("mul", "__rmul__"),
@@ -235,20 +297,35 @@ _TABLE: tuple[Operation, ...] = (
     Operation(
         "batch_norm",
         F.batch_norm,
-        (F.batch_norm, torch.batch_norm),
+        (F.batch_norm,),
         ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
         ("input",),
         "float",
     ),
     Operation(
-        "layer_norm", F.layer_norm, (F.layer_norm,), ("input", "normalized_shape", "weight", "bias", "eps"), ("input",), "float"
+        "layer_norm",
+        F.layer_norm,
+        (F.layer_norm,),
+        ("input", "normalized_shape", "weight", "bias", "eps"),
+        ("input",),
+        "float",
     ),
     Operation(
-        "group_norm", F.group_norm, (F.group_norm,), ("input", "num_groups", "weight", "bias", "eps"), ("input",), "float"
+        "group_norm",
+        F.group_norm,
+        (F.group_norm,),
+        ("input", "num_groups", "weight", "bias", "eps"),
+        ("input",),
+        "float",
     ),
-    Operation("softmax", torch.softmax, _names("softmax"), ("input", "dim", "_stacklevel", "dtype"), ("input",), "float"),
+    Operation("softmax", _softmax, _names("softmax"), ("input", "dim", "_stacklevel", "dtype"), ("input",), "float"),
     Operation(
-        "log_softmax", torch.log_softmax, _names("log_softmax"), ("input", "dim", "_stacklevel", "dtype"), ("input",), "float"
+        "log_softmax",
+        _log_softmax,
+        _names("log_softmax"),
+        ("input", "dim", "_stacklevel", "dtype"),
+        ("input",),
+        "float",
     ),
     _activation("relu", "inplace"),
     _activation("relu6", "inplace"),
@@ -283,8 +360,27 @@ _TABLE: tuple[Operation, ...] = (
         "composite",
     ),
     *(
-        Operation(kind, getattr(torch, kind), (getattr(torch, kind),), ("input", "hx"), ("input",), "composite")
-        for kind in ("lstm", "gru", "lstm_cell", "gru_cell", "rnn_tanh", "rnn_relu", "rnn_tanh_cell", "rnn_relu_cell")
+        Operation(
+            kind,
+            _recurrent(kind),
+            (getattr(torch, kind),),
+            # of a packed sequence the names are shifted by one, which only the order matters for
+            ("input", "hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional", "batch_first"),
+            ("input",),
+            "composite",
+        )
+        for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu")
+    ),
+    *(
+        Operation(
+            kind,
+            _recurrent(kind),
+            (getattr(torch, kind),),
+            ("input", "hx", "w_ih", "w_hh", "b_ih", "b_hh"),
+            ("input",),
+            "composite",
+        )
+        for kind in ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
     ),
 )
 
@@ -305,7 +401,9 @@ VALUE_PRESERVING: frozenset[Callable[..., Any]] = frozenset(
         *_names("unsqueeze", "chunk", "split", "unbind", "narrow", "select", "movedim", "swapaxes", "clone", "detach"),
         *_names("view_as", "reshape_as", "expand_as", "repeat", "tile", "flip", "roll", "index_select", "gather", "t"),
         *_names("max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool2d", "channel_shuffle", "pixel_shuffle"),
-        *_names("alias", "unfold", "repeat_interleave", "stack_identity", "mT", "squeeze_", "unsqueeze_", "requires_grad_"),
+        *_names(
+            "alias", "unfold", "repeat_interleave", "stack_identity", "mT", "squeeze_", "unsqueeze_", "requires_grad_"
+        ),
         torch.Tensor.__getitem__,
         torch.Tensor.to,
         torch.Tensor.float,

@@ -124,7 +124,7 @@ class Site:
     ``operands``: data arguments in order; ``writes``: names of the output tensors, ``out_shapes`` their shapes.
     ``arguments``: the remaining arguments (stride, dim, ...) of the first call, tensors left out.
     ``epilogue``: the sites fused behind it (normalisation, ReLU-like); ``tail``: the tensor that leaves the last one.
-    ``parent``: the composite it belongs to.
+    ``parent``: the composite it belongs to. ``bias``: state-dict keys of the bias.
     """
 
     name: str
@@ -141,6 +141,10 @@ class Site:
     tail: str = ""
     fold: Fold | None = None
     parent: str | None = None
+    bias: tuple[str, ...] = ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Site:
+        return self
 
     @property
     def weight(self) -> Operand | None:
@@ -211,8 +215,9 @@ class Record:
         The producer is the site at the head of the epilogue: ``conv1`` for what leaves ``conv1``'s ReLU.
         """
         heads = {member: site.name for site in self.sites.values() for member in site.epilogue}
+        opened = {site.parent for site in self.sites.values()}  # what is inside them does the reading
         for site in self.sites.values():
-            if site.name in heads:
+            if site.name in heads or site.name in opened:
                 continue
             for index, operand in enumerate(site.operands):
                 if operand.constant or not operand.floating:
@@ -229,7 +234,11 @@ class UnknownSiteError(KeyError, ValueError):
         self.name = name
         known = list(known)
         close = difflib.get_close_matches(name, known, n=5, cutoff=0.3)
-        hint = f"closest: {', '.join(close)}" if close else f"the model has {len(known)} sites: {', '.join(known[:5])}, ..."
+        hint = (
+            f"closest: {', '.join(close)}"
+            if close
+            else f"the model has {len(known)} sites: {', '.join(known[:5])}, ..."
+        )
         super().__init__(f"no site is called {name!r}; {hint}. List them with bitsmith.sites(model, example)")
 
     def __str__(self) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,16 +12,16 @@ from torch import Tensor, nn
 from ..data import first_inputs
 from ..numerics.quantizer import Quantizer
 from ..numerics.ranges import limits, qparams
-from ..operations import BY_FUNCTION
 from ..plan import Plan
 from ..site import Format, Record, Site
 from ..technique import Cell
 from .calibrate import calibrate, check_weights
+from .flow import replaced, tensors
 from .formats import Placement, place
-from .intercept import CHILD, InterceptionError, Scope, instrument
+from .intercept import CHILD, InterceptionError, instrument
 from .keys import encode_key, tensor_key
 from .network import Forward, Network, duplicate, network
-from .replay import Names
+from .replay import Call, Names
 
 
 class Additions(nn.Module):
@@ -48,6 +49,8 @@ class _AsItWas(nn.Module):
 class _Computer(Names):
     """The handler of an applied plan."""
 
+    immutable = Names.immutable | {"plan", "busy"}
+
     def __init__(self, net: Network, plan: Plan, additions: Additions, placement: Placement) -> None:
         super().__init__(net)
         self.plan = plan
@@ -57,6 +60,7 @@ class _Computer(Names):
         self.writes: dict[str, list[tuple[int, Quantizer]]] = {}
         self.folded: dict[str, nn.Module] = {}
         self.bypassed = False
+        self.resets: tuple[Any, ...] = ()
         for name in net.record.sites:
             self.cells[name] = additions.cells[encode_key(name)]
         for (name, index), (tensor, fmt) in placement.writes.items():
@@ -66,6 +70,11 @@ class _Computer(Names):
             self.writes.setdefault(name, []).append((index, found))
         self.busy = frozenset({*plan.sites, *self.writes})
         self.watch(self.busy)
+
+    def settle(self, shared: Iterable[Quantizer]) -> None:
+        """What ``begin`` resets: only what has something to forget. ``shared``: quantizers that several cells read."""
+        cells = [cell for cell in self.cells.values() if isinstance(cell, Cell) and type(cell).reset is not Cell.reset]
+        self.resets = (*cells, *shared)
 
     def fold(self, name: str, module: nn.Module) -> None:
         """The normalisation at site ``name`` is absorbed by its producer while ``module`` is in eval."""
@@ -78,51 +87,66 @@ class _Computer(Names):
 
     def name_everything(self) -> None:
         """Send every site through its cell, so that exported nodes carry its name."""
-        self.watch({name for name in self.record_sites if not self._seen_inside(name)})
-
-    def _seen_inside(self, name: str) -> bool:
-        return any(site.parent == name for site in self.record_sites.values()) and name not in self.busy
+        self.watch({name for name in self.record_sites if name not in self.opened or name in self.busy})
 
     def begin(self) -> None:
-        for cell in self.cells.values():
-            if isinstance(cell, Cell):
-                cell.reset()
+        for part in self.resets:
+            part.reset()
 
-    def compute(
-        self, name: str, scope: Scope, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Any:
-        if self.bypassed:
-            return self._written(name, function(*args, **kwargs))
+    def compute(self, name: str, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        operation = call.operation
         norm = self.folded.get(name)
-        if norm is not None and not norm.training:
-            output: Any = BY_FUNCTION[function].bind(args, kwargs)["input"]
-            return self._written(name, output)
+        if norm is not None and not norm.training and not self.bypassed:
+            return self._written(name, operation.bind(args, kwargs)["input"])
         cell = self.cells[name]
-        if not isinstance(cell, Cell):
-            return self._written(name, cell(function, args, kwargs))
-        operation = BY_FUNCTION[function]
-        operands, rest = operation.split(args, kwargs)
-        target = args[0] if function in operation.inplace or rest.pop("inplace", False) else None
-        output = self._written(name, cell(*operands, **rest))
-        return output if target is None else target.copy_(output)
+        computed = isinstance(cell, Cell) and not self.bypassed
+        target = operation.target(call.function, args, kwargs)
+        if not computed and (target is None or name not in self.writes):
+            return self._written(name, call.run(*args, **kwargs) if self.bypassed else cell(call.run, args, kwargs))
+        if target is None:
+            operands, rest = operation.split(args, kwargs)
+            return self._written(name, cell(*operands, **rest))
+        return self._in_place(name, call, args, kwargs, target, cell if computed else None)
 
-    def compute_module(self, name: str, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def _in_place(
+        self,
+        name: str,
+        call: Call,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        target: Tensor,
+        cell: nn.Module | None,
+    ) -> Any:
+        """``x += y`` and its like: whoever holds the memory of ``target`` sees the result."""
+        if cell is None and not torch.is_grad_enabled():
+            return self._written(name, call.run(*args, **kwargs), target)
+        operands, rest = call.operation.split(args, kwargs)
+        rest.pop("inplace", None)
+        if torch.is_grad_enabled():
+            # backward needs the values that are overwritten below
+            operands = tuple(x.clone() if x is target else x for x in operands)
+        return self._written(name, (cell or call.operation.compute)(*operands, **rest), target)
+
+    def compute_module(
+        self, name: str, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
         cell = self.cells[name]
-        if self.bypassed:
+        if self.bypassed or not isinstance(cell, Cell):
             return self._written(name, inner(*args, **kwargs))
-        return self._written(name, cell(*args, inner=inner, **kwargs) if isinstance(cell, Cell) else inner(*args, **kwargs))
+        return self._written(name, cell(*args, inner=inner, **kwargs))
 
-    def _written(self, name: str, output: Any) -> Any:
+    def _written(self, name: str, output: Any, target: Tensor | None = None) -> Any:
+        """The output as it is stored: behind the quantizers of its tensors, and in ``target`` if there is one."""
         quantizers = self.writes.get(name)
-        if quantizers is None:
-            return output
-        made = [output] if isinstance(output, Tensor) else list(output)
-        for index, quantizer in quantizers:
-            if not self.bypassed:
-                made[index] = quantizer(made[index])
-            if self.probe is not None:
-                made[index] = self.probe(self.record_sites[name].writes[index], made[index])
-        return made[0] if isinstance(output, Tensor) else type(output)(made)
+        if quantizers is not None:
+            made = list(tensors(output))
+            for index, quantizer in quantizers:
+                if not self.bypassed:
+                    made[index] = quantizer(made[index]) if target is None else quantizer.into(made[index], target)
+                if self.probe is not None:
+                    made[index] = self.probe(self.record_sites[name].writes[index], made[index])
+            output = made[0] if isinstance(output, Tensor) else replaced(output, iter(made))
+        return output if target is None or output is target else target.copy_(output)
 
 
 def apply(
@@ -170,17 +194,18 @@ def build(
         additions.tensors[tensor_key(tensor, fmt)] = quantizer(record, tensor, fmt)
     for site in record.sites.values():
         technique = plan.get(site.name)
-        cell = technique.build(site, record, generator) if technique is not None else _AsItWas()
+        cell: nn.Module = technique.build(site, record, generator) if technique is not None else _AsItWas()
         additions.cells[encode_key(site.name)] = cell
     computer = _Computer(net, plan, additions, placement)
     for name in plan.sites:
-        cell = additions.cells[encode_key(name)]
-        if isinstance(cell, Cell):
-            _attach(cell, record.sites[name], placement, additions, replica, computer)
+        planned = additions.cells[encode_key(name)]
+        if isinstance(planned, Cell):
+            _attach(planned, record.sites[name], placement, additions, replica, computer)
+    computer.settle(_share(placement, additions))
     instrument(replica, computer, net.modules)
     replica.add_module(CHILD, additions)
     replica.train(training)
-    _freeze_unread(replica, record, plan, additions)
+    _freeze_unread(replica, record, additions)
     return replica
 
 
@@ -200,7 +225,9 @@ def additions_of(net: nn.Module) -> Additions:
     """What ``apply`` added to ``net``; an error if nothing was."""
     found = dict(net.named_children()).get(CHILD)
     if not isinstance(found, Additions):
-        raise InterceptionError(f"{type(net).__name__} carries no plan: it must come from bitsmith.apply(model, plan, data)")
+        raise InterceptionError(
+            f"{type(net).__name__} carries no plan: it must come from bitsmith.apply(model, plan, data)"
+        )
     return found
 
 
@@ -250,6 +277,18 @@ def _attach(
     cell.attach(tuple(quantizers), tuple(at_read), norm)
 
 
+def _share(placement: Placement, additions: Additions) -> list[Quantizer]:
+    """The quantizers that several operands apply when they read: they keep their last output until the next forward."""
+    readers = Counter((tensor, fmt) for tensor, fmt, at_read in placement.reads.values() if at_read)
+    shared = []
+    for (tensor, fmt), count in readers.items():
+        found = additions.tensors[tensor_key(tensor, fmt)]
+        if count > 1 and isinstance(found, Quantizer):
+            found.shared = True
+            shared.append(found)
+    return shared
+
+
 def _prepare(net: Network, plan: Plan, calibration: Any) -> Network:
     model = duplicate(net.model)
     for step in plan.prepare:
@@ -257,17 +296,17 @@ def _prepare(net: Network, plan: Plan, calibration: Any) -> Network:
     return network(model, net.example, forward=net.forward, names=plan.sites)
 
 
-def _freeze_unread(replica: nn.Module, record: Record, plan: Plan, additions: Additions) -> None:
+def _freeze_unread(replica: nn.Module, record: Record, additions: Additions) -> None:
     """Parameters that no cell reads do not train: weight decay and DistributedDataParallel must not see them."""
     read: set[str] = set()
     unread: set[str] = set()
     for site in record.sites.values():
         cell = additions.cells[encode_key(site.name)]
-        needs = cell.needs if isinstance(cell, Cell) else None
-        for operand in site.operands:
-            if operand.constant:
-                (read if needs is None or operand.argument in needs else unread).update(operand.parameters)
+        # a cell that does not say otherwise reads all the arguments of its operation
+        needs = cell.needs if isinstance(cell, Cell) and cell.needs is not Cell.needs else None
+        for argument, keys in (*((o.argument, o.parameters) for o in site.operands), ("bias", site.bias)):
+            (read if needs is None or argument in needs else unread).update(keys)
+    parameters = dict(replica.named_parameters())
     for key in unread - read:
-        parameter = dict(replica.named_parameters()).get(key)
-        if parameter is not None:
-            parameter.requires_grad_(False)
+        if key in parameters:
+            parameters[key].requires_grad_(False)

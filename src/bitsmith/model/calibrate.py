@@ -10,12 +10,11 @@ from torch import Tensor, nn
 
 from ..data import call, items
 from ..numerics.statistics import NonFiniteError, TensorStatistics
-from ..operations import BY_FUNCTION
 from ..site import Format
 from .flow import tensors
-from .intercept import Scope, instrument
+from .intercept import instrument
 from .network import Network, duplicate
-from .replay import Names
+from .replay import Call, Names
 
 
 class CalibrationError(ValueError):
@@ -48,19 +47,18 @@ class _Observer(Names):
                     break
         self.watch({*self.reads, *self.writes})
 
-    def compute(
-        self, name: str, scope: Scope, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Any:
-        operation = BY_FUNCTION[function]
+    def compute(self, name: str, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if name in self.reads:
-            operands, _ = operation.split(args, kwargs)
+            operands, _ = call.operation.split(args, kwargs)
             for index, tensor in self.reads[name]:
                 self._see(tensor, [t for t in operands if isinstance(t, Tensor)][index])
-        output = function(*args, **kwargs)
+        output = call.run(*args, **kwargs)
         self._made(name, output)
         return output
 
-    def compute_module(self, name: str, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def compute_module(
+        self, name: str, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
         given = [*tensors(args), *tensors(dict(kwargs))]
         for index, tensor in self.reads.get(name, ()):
             self._see(tensor, given[index])

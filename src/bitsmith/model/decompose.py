@@ -110,10 +110,10 @@ def multi_head(
         assert in_proj_weight is not None
         weights = in_proj_weight.chunk(3)
     biases: Sequence[Tensor | None] = in_proj_bias.chunk(3) if in_proj_bias is not None else (None, None, None)
-    q, k, v = (
-        _heads(F.linear(x, w, b), num_heads)  # type: ignore[arg-type]
-        for x, w, b in zip((query, key, value), weights, biases, strict=True)
-    )
+    # a line each, so that each is a site with one weight
+    q = _heads(F.linear(query, weights[0], biases[0]), num_heads)  # type: ignore[arg-type]
+    k = _heads(F.linear(key, weights[1], biases[1]), num_heads)  # type: ignore[arg-type]
+    v = _heads(F.linear(value, weights[2], biases[2]), num_heads)  # type: ignore[arg-type]
     mask = _merge_masks(attn_mask, key_padding_mask, q.shape[0], num_heads, q.dtype)
     scores = torch.matmul(q, k.transpose(-2, -1)) * (1 / math.sqrt(q.shape[-1]))
     if mask is not None:

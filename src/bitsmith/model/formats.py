@@ -53,6 +53,8 @@ def place(plan: Plan, record: Record) -> Placement:
         producer = record.sites[record.tensors[tensor].producer]
         writes[producer.name, producer.writes.index(tensor)] = (tensor, fmt)
     reads = {
-        key: (tensor, fmt, written.get(tensor) != fmt) for tensor, readers in asked.items() for key, fmt in readers.items()
+        key: (tensor, fmt, written.get(tensor) != fmt)
+        for tensor, readers in asked.items()
+        for key, fmt in readers.items()
     }
     return Placement(reads, writes)

@@ -8,15 +8,17 @@ forward (activation checkpointing recomputes that way, and users call submodules
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 import threading
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointFunction
 
 from ..operations import BY_FUNCTION
 
@@ -35,9 +37,13 @@ class Handler(Protocol):
 
     sees_all: bool
 
-    def call(self, scope: Scope, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any: ...
+    def call(
+        self, scope: Scope, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any: ...
 
-    def module_call(self, path: str, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any: ...
+    def module_call(
+        self, path: str, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any: ...
 
     def begin(self) -> None: ...
 
@@ -45,12 +51,13 @@ class Handler(Protocol):
 class Scope:
     """One execution of one module: its path and how many calls of its own were seen (for compiled replay)."""
 
-    __slots__ = ("checkpointed", "path", "sequence")
+    __slots__ = ("checkpointed", "grad", "path", "sequence")
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.sequence = 0
         self.checkpointed = _saved_tensor_hooks()
+        self.grad = torch.is_grad_enabled()
 
 
 class Interceptor:
@@ -126,7 +133,7 @@ class _Enter:
             # run outside the root's forward: recomputation of a checkpoint, or the user's own call
             mode = _Mode(self.interceptor)
             modes.append(mode)
-            mode.__enter__()
+            mode.__enter__()  # type: ignore[no-untyped-call]
         modes[-1].scopes.append(Scope(self.path))
 
 
@@ -144,16 +151,19 @@ class _Leave:
         mode.scopes.pop()
         if not mode.scopes:
             modes.pop()
-            mode.__exit__(None, None, None)
+            mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
 
-def run_root(interceptor: Interceptor, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def run_root(
+    interceptor: Interceptor, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
     """One top-level forward under the mode."""
     modes = _modes()
+    if not modes or modes[-1].interceptor is not interceptor:  # else the model calls itself
+        interceptor.handler.begin()
     mode = _Mode(interceptor)
     mode.scopes.append(Scope(""))
     modes.append(mode)
-    interceptor.handler.begin()
     try:
         with mode:
             return forward(*args, **kwargs)
@@ -231,6 +241,37 @@ def _boundaries() -> frozenset[types.CodeType]:
 _BOUNDARIES = _boundaries()
 _BOUNDARY_IDS = frozenset(map(id, _BOUNDARIES))  # hashing a code object reads all of it
 _OWN = _Mode.__torch_function__.__code__
+_REENTRANT = CheckpointFunction.forward.__code__
+
+
+# Python functions of torch dispatch to the mode from their own frames in eager, from the caller's in compiled code
+_DISPATCH = frozenset(
+    str(inspect.getsourcefile(m)) for m in (torch.overrides, torch.functional, torch.nn.functional, torch._tensor)
+)
+
+
+_ranges: dict[int, tuple[types.CodeType, tuple[int, ...]]] = {}
+
+
+def _place(code: types.CodeType, offset: int) -> tuple[int, int]:
+    """A code object and the expression in it that is being computed.
+
+    Told by lines and columns: the offset of one call changes when the interpreter specialises it, and Dynamo has
+    offsets of its own. (``python -X no_debug_ranges`` has lines only.)
+    """
+    known = _ranges.get(id(code))
+    if known is None:
+        # the code object is kept, so that its id stays its own
+        known = _ranges[id(code)] = (code, tuple(_packed(p) for p in code.co_positions()))
+    return id(code), known[1][offset // 2]
+
+
+def _packed(range: Iterable[int | None]) -> int:
+    """Line, last line, column and last column as one number."""
+    packed = 0
+    for number in range:
+        packed = packed << 24 | (number or 0)
+    return packed
 
 
 def position() -> Position:
@@ -239,15 +280,41 @@ def position() -> Position:
     while frame is not None and frame.f_code is not _OWN:
         frame = frame.f_back
     frame = frame.f_back if frame is not None else None
+    while frame is not None and frame.f_code.co_filename in _DISPATCH:
+        frame = frame.f_back
     found: list[tuple[int, int]] = []
     while frame is not None and id(frame.f_code) not in _BOUNDARY_IDS:
-        found.append((id(frame.f_code), frame.f_lasti))
+        found.append(_place(frame.f_code, frame.f_lasti))
         frame = frame.f_back
     return tuple(found)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def compiled_position() -> Position | None:
+    """The same while Dynamo traces, from its own frames; None if this torch does not show them."""
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        frame: Any = InstructionTranslator.current_tx().output.current_tx
+        while frame.f_code is not _OWN:
+            frame = frame.parent
+        frame = frame.parent
+        while frame is not None and frame.f_code.co_filename in _DISPATCH:
+            frame = frame.parent
+        found: list[tuple[int, int]] = []
+        while frame is not None and id(frame.f_code) not in _BOUNDARY_IDS:
+            at = frame.current_instruction.positions
+            found.append((id(frame.f_code), _packed((at.lineno, at.end_lineno, at.col_offset, at.end_col_offset))))
+            frame = frame.parent
+        return tuple(found)
+    except (ImportError, AttributeError):  # private to torch
+        return None
+
+
 def where() -> str:
     """The user's line of the current call, for messages: ``file:line``."""
+    if torch.compiler.is_dynamo_compiling():
+        return "a place in compiled code"
     frame: types.FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code is not _OWN:
         frame = frame.f_back
@@ -270,6 +337,14 @@ def in_checkpointed_function(scope: Scope) -> bool:
 
     Its recomputation happens in no module, so it cannot be intercepted.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or not scope.grad:
         return False
-    return _saved_tensor_hooks() and not scope.checkpointed
+    if torch.is_grad_enabled():
+        return _saved_tensor_hooks() and not scope.checkpointed
+    # reentrant checkpointing turns gradients off while it runs the function
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None and id(frame.f_code) not in _BOUNDARY_IDS:
+        if frame.f_code is _REENTRANT:
+            return True
+        frame = frame.f_back
+    return False

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
+from ..operations import Operation
 from . import intercept
 from .intercept import InterceptionError, Position, Scope
-
 
 NOT_A_SITE = -1
 """The index of a position where the operation is bookkeeping."""
@@ -59,21 +60,35 @@ class Locator:
                     name = f"{path}:{kind}" + (f".{index}" if index else "")
                 self.names[path, kind, index] = name
 
-    def find(self, scope: Scope, kind: str, planned: frozenset[tuple[str, str]]) -> str | None:
+    def find(
+        self,
+        scope: Scope,
+        operation: Operation,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        planned: frozenset[tuple[str, str]],
+    ) -> str | None:
         """The name of the current call in replay.
 
         None if nothing is planned for that operation in that module. A call that cannot be told apart from a planned
         site is an error that shows both.
         """
-        path = scope.path
+        path, kind = scope.path, operation.kind
+        order = scope.sequence
+        scope.sequence += 1
         if (path, kind) not in planned:
-            scope.sequence += 1
             return None
         known = self.positions[path, kind]
         if torch.compiler.is_dynamo_compiling():
-            return self._by_order(scope, kind, known)
-        index = known.get(intercept.position())
+            here = intercept.compiled_position()
+            if here is None:
+                return self._by_order(scope, kind, known, order)
+        else:
+            here = intercept.position()
+        index = known.get(here)
         if index is None:
+            if not operation.on_tensors(args, kwargs):
+                return None
             recorded = ", ".join(self.places[path, kind, i] for i in known.values())
             raise InterceptionError(
                 f"a call of {kind!r} in module {path or '(root)'!r} at {intercept.where()} was not seen while recording, "
@@ -81,17 +96,18 @@ class Locator:
             )
         return self.names.get((path, kind, index))
 
-    def _by_order(self, scope: Scope, kind: str, known: dict[Position, int]) -> str | None:
-        # compiled code has no frames: the recorded order tells positions apart
-        order = scope.sequence
-        scope.sequence += 1
+    def __deepcopy__(self, memo: dict[int, Any]) -> Locator:
+        return self  # nothing changes it once the recording is finished
+
+    def _by_order(self, scope: Scope, kind: str, known: dict[Position, int], order: int) -> str | None:
+        # where compiled code shows no frames, the recorded order tells positions apart
         path = scope.path
         if len(known) == 1:
-            return self.names.get((path, kind, 0))
+            return self.names.get((path, kind, next(iter(known.values()))))
         sequence = self.sequences.get(path, [])
         if order < len(sequence) and sequence[order][0] == kind:
             return self.names.get((path, kind, sequence[order][1]))
         raise InterceptionError(
             f"under torch.compile the calls of module {path or '(root)'!r} come in another order than recorded: call {order} "
-            f"is {kind!r}, recorded was {sequence[order:order + 1]}; run this module in eager mode"
+            f"is {kind!r}, recorded was {sequence[order : order + 1]}; run this module in eager mode"
         )

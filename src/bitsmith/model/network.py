@@ -14,7 +14,7 @@ from ..data import call
 from ..site import Record, Site, contains
 from .intercept import CHILD, InterceptionError, instrument
 from .locate import Locator
-from .record import Recorder, provisional, record
+from .record import Recorder, record
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -56,7 +56,9 @@ def network(
     if not isinstance(model, nn.Module):
         raise TypeError(f"a model must be a torch.nn.Module, not {type(model).__name__}")
     if CHILD in dict(model.named_children()):
-        raise InterceptionError("this model already carries a plan (it came from bitsmith.apply); give the original model")
+        raise InterceptionError(
+            "this model already carries a plan (it came from bitsmith.apply); give the original model"
+        )
     wanted = frozenset(names)
     plain = _record(model, inputs, forward, (lambda name: True) if inside else (lambda name: False), ())
     missing = {name for name in wanted if name not in plain.record.sites}
@@ -109,7 +111,9 @@ def input_names(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
     return {name: value for name, value in zip(names, given, strict=False) if isinstance(value, Tensor)}
 
 
-def sites(model: nn.Module, example: Any, *, forward: Forward | None = None, inside: bool = False) -> Mapping[str, Site]:
+def sites(
+    model: nn.Module, example: Any, *, forward: Forward | None = None, inside: bool = False
+) -> Mapping[str, Site]:
     """The sites of a model in execution order, by name, with the data flow between them.
 
     ``example``: inputs as in a loader's item: a tensor -> ``m(x)``, a tuple -> ``m(*x)``, a mapping -> ``m(**x)``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..operations import ACTIVATIONS, BY_FUNCTION, VALUE_PRESERVING, Operation
-from ..site import Fold, Operand, Record, Shape, Site, TensorInfo
+from ..site import Fold, Operand, Record, Shape, Site, TensorInfo, inner_path
 from . import decompose
 from .flow import Identity, tensors
 from .intercept import InterceptionError, Scope, within
@@ -50,6 +51,8 @@ class _Draft:
     calls: int = 0
     macs: int = 0
     parent: Key | None = None
+    opened: bool = False
+    bias: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ class Recorder:
         self.containers: set[str] = set()
         self.runs: dict[str, list[tuple[str, int]]] = {}
         self.open: list[Key] = []
+        self.whole: list[_Draft] = []  # modules that are sites as a whole, being executed
         self.current: list[Shape] = []
         self.tensor_keys: dict[int, str] = {}
         for key, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -90,6 +94,8 @@ class Recorder:
 
     def call(self, scope: Scope, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         operation = BY_FUNCTION.get(function)
+        if self.whole:
+            return self._within_module(operation, function, args, kwargs)
         if operation is None:
             return self._pass(function, args, kwargs)
         computes = self._computes(operation, args, kwargs)
@@ -109,41 +115,55 @@ class Recorder:
         if operation.role == "composite" and self.inside(provisional(key)) and decompose.available(operation.kind):
             self.open.append(key)
             try:
-                inner = provisional(key).replace(":", ".")
-                output = within(inner, lambda: decompose.run(operation, args, kwargs))
+                output = within(inside_of(key), functools.partial(decompose.run, operation, args, kwargs))
             finally:
                 self.open.pop()
+            draft.opened = True
         else:
             output = function(*args, **kwargs)
         self._write(draft, output)
         return output
 
-    def module_call(self, path: str, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def module_call(
+        self, path: str, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
         key = (path, "module", 0)
         draft = self._draft(key, None)
         given = [t for t in (*tensors(args), *tensors(dict(kwargs))) if isinstance(t, Tensor)]
         self._operands(draft, [(f"input{i}", t) for i, t in enumerate(given)])
-        output = inner(*args, **kwargs)
+        self.whole.append(draft)
+        try:
+            output = inner(*args, **kwargs)
+        finally:
+            self.whole.pop()
         self._write(draft, output)
         return output
 
+    def _within_module(
+        self,
+        operation: Operation | None,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        """Inside a module that is one site nothing else is a site; what it costs is the module's."""
+        output = function(*args, **kwargs)
+        if operation is not None:
+            read = [tuple(t.shape) for t in operation.split(args, kwargs)[0] if isinstance(t, Tensor)]
+            self.whole[-1].macs += operation.macs(read, [tuple(t.shape) for t in tensors(output)])
+        return output
+
     def _computes(self, operation: Operation, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-        """Whether the call is a site: arithmetic on two tensors, not bookkeeping on constants or integers."""
-        bound = operation.bind(args, kwargs)
-        if operation.variadic:
-            given = list(bound.get(operation.operands[0], ()))
-        else:
-            given = [bound.get(name) for name in operation.operands]
-        found = [t for t in given if isinstance(t, Tensor)]
+        """Whether the call is a site: arithmetic on activations, not bookkeeping on constants or integers."""
+        if not operation.on_tensors(args, kwargs):
+            return False
+        found = [t for t in operation.split(args, kwargs)[0] if isinstance(t, Tensor)]
         if operation.kind in ("add", "sub", "mul"):
-            # a scalar or a constant beside an activation is not a meeting of two activations
-            if len(found) < 2 or any(t.dim() == 0 for t in found):
-                return False
-            return all(t.is_floating_point() for t in found) and all(self.constants.of(t) is None for t in found)
+            # a constant beside an activation is not a meeting of two activations
+            return all(self.constants.of(t) is None for t in found)
         if operation.kind == "embedding":
             return True
-        floating = [t for t in found if t.is_floating_point()]
-        return bool(floating) and any(self.constants.of(t) is None for t in floating)
+        return any(t.is_floating_point() and self.constants.of(t) is None for t in found)
 
     def _pass(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         output = function(*args, **kwargs)
@@ -189,7 +209,12 @@ class Recorder:
         self._operands(draft, [(name, t) for name, t in named if isinstance(t, Tensor)])
         if not draft.calls:
             draft.arguments = {k: v for k, v in rest.items() if _plain(v)}
-            draft.tensor_arguments = {k: v for k, v in rest.items() if isinstance(v, Tensor)}
+            bias = rest.get("bias")
+            draft.bias = (self.constants.of(bias) or ()) if isinstance(bias, Tensor) else ()
+            # activations among them (masks, indices) must not be kept alive
+            draft.tensor_arguments = {
+                k: v for k, v in rest.items() if isinstance(v, Tensor) and self.constants.of(v) is not None
+            }
 
     def _operands(self, draft: _Draft, named: list[tuple[str, Tensor]]) -> None:
         for position, (argument, tensor) in enumerate(named):
@@ -219,7 +244,8 @@ class Recorder:
         if draft.operation is not None and draft.operation.kind == "multi_head_attention_forward":
             made = made[:1]
         for index, tensor in enumerate(made):
-            self.flow.mark(tensor, _Origin(draft, index))
+            if not draft.opened or self.flow.of(tensor) is None:  # else a site inside has written it
+                self.flow.mark(tensor, _Origin(draft, index))
         if not draft.calls:
             draft.out_shapes = tuple(tuple(t.shape) for t in made)
             draft.out_dtypes = tuple(str(t.dtype).removeprefix("torch.") for t in made)
@@ -264,6 +290,8 @@ class _Assembly:
         self.names: dict[Key, str] = {}
         for key in recorder.drafts:
             self.names[key] = key[0] if key[1] == "module" else recorder.locator.names[key]
+        self.by_name = {self.names[key]: draft for key, draft in recorder.drafts.items()}
+        self.modules = dict(model.named_modules())
 
     def tensor_name(self, origin: _Origin) -> str:
         if origin.draft is None:
@@ -281,7 +309,10 @@ class _Assembly:
             for tensor, shape, dtype in zip(writes, draft.out_shapes, draft.out_dtypes, strict=True):
                 shapes[tensor] = (shape, dtype, name)
             operands = tuple(self._operand(name, index, slot) for index, slot in enumerate(draft.slots))
-            for operand in operands:
+            for slot in draft.slots:
+                if len(slot.origins) > 1:  # each call reads another tensor
+                    self.recorder.escaped.update(o for o in slot.origins if o is not None)
+            for operand in operands if not draft.opened else ():
                 if not operand.constant:
                     readers.setdefault(operand.tensor, []).append(name)
                     if operand.tensor.startswith("@") or "<" in operand.tensor:
@@ -300,6 +331,7 @@ class _Assembly:
                 arguments=draft.arguments,
                 tail=writes[0] if writes else name,
                 parent=self.names[draft.parent] if draft.parent is not None else None,
+                bias=draft.bias,
             )
         outputs = tuple(
             self.tensor_name(origin)
@@ -309,7 +341,12 @@ class _Assembly:
         escaped = {self.tensor_name(origin) for origin in self.recorder.escaped}
         infos = {
             name: TensorInfo(
-                name, shape, dtype, producer, (*readers.get(name, ()), *(("?",) if name in escaped else ())), name in outputs
+                name,
+                shape,
+                dtype,
+                producer,
+                (*readers.get(name, ()), *(("?",) if name in escaped else ())),
+                name in outputs,
             )
             for name, (shape, dtype, producer) in shapes.items()
         }
@@ -334,7 +371,7 @@ class _Assembly:
         )
 
     def _statistics(self, fold: Fold) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, float]:
-        module = self.model.get_submodule(fold.module)
+        module: Any = self.model.get_submodule(fold.module)
         mean, variance, gamma, beta = (
             None if tensor is None else tensor.detach()
             for tensor in (module.running_mean, module.running_var, module.weight, module.bias)
@@ -361,8 +398,8 @@ class _Assembly:
             reader = sites[info.readers[0]]
             if reader.calls != site.calls or len(reader.writes) != 1:
                 break
-            if reader.kind == "batch_norm" and not members and site.weight is not None and site.kind != "embedding":
-                fold = self._fold(reader)
+            if reader.kind == "batch_norm" and not members:
+                fold = self._fold(reader) if _foldable(site) else None
                 if fold is None:
                     break
             elif reader.kind not in ACTIVATIONS or (members and sites[members[-1]].kind in ACTIVATIONS):
@@ -373,8 +410,8 @@ class _Assembly:
 
     def _fold(self, reader: Site) -> Fold | None:
         """A normalisation folds if its statistics are the attributes of a module that is in eval."""
-        draft = next(d for k, d in self.recorder.drafts.items() if self.names[k] == reader.name)
-        module = dict(self.model.named_modules()).get(reader.path)
+        draft = self.by_name[reader.name]
+        module = self.modules.get(reader.path)
         if module is None or draft.arguments.get("training", False):
             return None
         for argument in ("running_mean", "running_var", "weight", "bias"):
@@ -385,10 +422,22 @@ class _Assembly:
         return Fold(reader.name, reader.path, float(draft.arguments.get("eps", 1e-5)))
 
 
+def _foldable(site: Site) -> bool:
+    """Whether the normalised axis of its output (the second) is the one that its weight gives."""
+    if site.weight is None:
+        return False
+    return site.kind.startswith("conv") or (site.kind == "linear" and len(site.out_shapes[0]) == 2)
+
+
 def provisional(key: Key) -> str:
     """A composite's name before it is known whether it is its module's only operation: never abbreviated."""
     path, kind, index = key
     return f"{path}:{kind}" + (f".{index}" if index else "")
+
+
+def inside_of(key: Key) -> str:
+    """The module path under which the inside of a composite lives."""
+    return inner_path(provisional(key))
 
 
 def _ancestors(path: str) -> Iterator[str]:

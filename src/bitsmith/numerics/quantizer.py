@@ -97,6 +97,17 @@ class Quantizer(nn.Module):
         )
         return output
 
+    def into(self, x: Tensor, target: Tensor) -> Tensor:
+        """``target``, which now holds the quantized ``x`` (may be ``target`` itself): for operations in place.
+
+        Shapes as the operation's own: that of ``x`` is that of ``target``. Gradients pass as in :meth:`forward`.
+        """
+        fast = x.dtype == target.dtype == torch.float32 and not torch.is_grad_enabled()
+        if not fast or torch.compiler.is_compiling():
+            return target.copy_(self(x))
+        scale, _, inverse, low, high = self._constants
+        return torch.mul(x, inverse, out=target).round_().clamp_(low, high).mul_(scale)
+
     def integers(self, x: Tensor) -> Tensor:
         """The integers that stand for ``x``: same shape, type by :func:`~.dialect.storage`."""
         return dialect.quantize(x.detach(), self._constants[0], self._constants[1], self.fmt)

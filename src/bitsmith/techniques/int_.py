@@ -68,8 +68,11 @@ class Int(Technique):
 
     def fits(self, site: Site) -> bool | No:
         if site.role != "integer":
-            return No(f"{site.kind} is computed in float; its inside can be planned" if site.role == "composite" else
-                      f"{site.kind} is computed in float")
+            return No(
+                f"{site.kind} is computed in float; its inside can be planned"
+                if site.role == "composite"
+                else f"{site.kind} is computed in float"
+            )
         weight = site.weight
         if self.a is None and weight is None:
             return No("it has no weight, and Int(a=None) quantizes weights only")
@@ -108,9 +111,7 @@ class Int(Technique):
         return _IntCell(site, self, record)
 
 
-_DEFAULTS: dict[str, Any] = {
-    name: field.default for name, field in Int.__dataclass_fields__.items()
-}
+_DEFAULTS: dict[str, Any] = {name: field.default for name, field in Int.__dataclass_fields__.items()}
 
 
 def _axis(site: Site) -> int:
@@ -126,6 +127,16 @@ def _axis(site: Site) -> int:
     return last if site.operands.index(weight) == 1 else max(last - 1, 0)
 
 
+@dataclass
+class _Cache:
+    """Simulated weights and what they were computed from (held, so that no other tensor takes the same place)."""
+
+    sources: list[Tensor]
+    state: list[Any]
+    weight: Tensor
+    bias: Tensor | None
+
+
 class _IntCell(Cell):
     """Weights on their grid (folded with the normalisation behind, in eval), activations on theirs."""
 
@@ -137,7 +148,7 @@ class _IntCell(Cell):
         weight = site.weight
         self.slot = site.operands.index(weight) if weight is not None else -1
         self.axis: int | None = None
-        self._cache: tuple[Any, Tensor, Tensor | None] | None = None
+        self._cache: _Cache | None = None
         self.int32_bias = site.kind in _INT32_BIAS and technique.a is not None and not technique.group
         if weight is None:
             return
@@ -150,7 +161,12 @@ class _IntCell(Cell):
             values = values * _along(factor, values.dim())
             bias = shift + (bias * factor if bias is not None else 0.0)
         scale, zero_point = weight_qparams(
-            values, technique.w, not technique.affine_weights, self.axis, technique.group or None, technique.weight_range
+            values,
+            technique.w,
+            not technique.affine_weights,
+            self.axis,
+            technique.group or None,
+            technique.weight_range,
         )
         self.weight_scale: Tensor
         self.weight_zero_point: Tensor
@@ -183,19 +199,28 @@ class _IntCell(Cell):
             return self._shipped(bias)
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._simulated(weight, bias)
-        key = tuple(
-            (id(t), t._version if not t.is_inference() else 0, t.dtype)
-            for t in (weight, bias, self.weight_scale, self._input_scale(), *self._statistics())
-            if t is not None
-        )
-        if self._cache is None or self._cache[0] != key:
-            self._cache = (key, *self._simulated(weight, bias))
-        return self._cache[1], self._cache[2]
+        sources = [
+            t for t in (weight, bias, self.weight_scale, self._input_scale(), *self._statistics()) if t is not None
+        ]
+        if any(t.is_inference() for t in sources):  # they have no version to tell whether they changed
+            return self._simulated(weight, bias)
+        state = [(t._version, t.data_ptr(), t.dtype) for t in sources]
+        cache = self._cache
+        if (
+            cache is None
+            or cache.state != state
+            or any(a is not b for a, b in zip(cache.sources, sources, strict=True))
+        ):
+            cache = self._cache = _Cache(sources, state, *self._simulated(weight, bias))
+        return cache.weight, cache.bias
 
     def train(self, mode: bool = True) -> _IntCell:
         self._cache = None
         super().train(mode)
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cache": None}
 
     def _statistics(self) -> tuple[Any, ...]:
         if not self.norm:
@@ -207,7 +232,7 @@ class _IntCell(Cell):
         if not self.norm:
             return self._on_grid(weight), self._bias_on_grid(bias)
         module: Any = self.norm[0]
-        factor, shift = _fold(*self._statistics(), module.eps)
+        factor, shift = _fold(module.running_mean, module.running_var, module.weight, module.bias, module.eps)
         along = _along(factor, weight.dim())
         folded = self._on_grid(weight * along)
         if module.training:
@@ -237,42 +262,35 @@ class _IntCell(Cell):
     # -- export --------------------------------------------------------------------------------------------------
 
     def materialise(self) -> None:
-        if self.slot < 0:
+        if self._cache is None:  # nothing to ship: no weight, or the example does not come here
             return
-        if self._cache is None:
-            raise RuntimeError(f"{self.site}: run the network once in eval before it is materialised")
-        _, weight, bias = self._cache
+        weight, bias = self._cache.weight, self._cache.bias
         integers = integers_of(weight, self.weight_scale, self.weight_zero_point, self.axis, self.format)
         self.weight_name = "weight_q4" if self.format.bits <= 4 else "weight_q"
         self.register_buffer(self.weight_name, integers)
-        self.has_bias = bias is not None
         source = self._input_scale()
-        self.integer_bias = bias is not None and source is not None
+        self.bias_form = ""
         if bias is not None and source is not None:
+            self.bias_form = "int32"
             step = (self.weight_scale * source).detach()
             step = step if step.dim() else step.expand(bias.shape[0]).contiguous()
             self.register_buffer("bias_scale", step)
             self.register_buffer("bias_q", torch.round(bias.double() / step.double()).to(torch.int32))
             self.register_buffer("bias_zero_point", torch.zeros(bias.shape[0], dtype=torch.int64))
-        elif bias is not None:
+        elif bias is not None and self.norm:
+            self.bias_form = "float"
             self.register_buffer("bias_f", bias.detach().clone())
         self._cache = None
         self.frozen = True
 
     def _shipped(self, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         weight = dialect.dequantize_weight(
-            self._shipped_buffer(self.weight_name), self.weight_scale, self.weight_zero_point, self.axis, self.format.bits
+            self.get_buffer(self.weight_name), self.weight_scale, self.weight_zero_point, self.axis, self.format.bits
         )
-        if not self.has_bias:
-            return weight, None
-        if not self.integer_bias:
-            return weight, self._shipped_buffer("bias_f")
-        return weight, dequantize_bias(
-            self._shipped_buffer("bias_q"), self._shipped_buffer("bias_scale"), self._shipped_buffer("bias_zero_point")
-        )
-
-    def _shipped_buffer(self, name: str) -> Tensor:
-        return self.get_buffer(name)
+        if self.bias_form == "int32":
+            names = ("bias_q", "bias_scale", "bias_zero_point")
+            return weight, dequantize_bias(*(self.get_buffer(name) for name in names))
+        return weight, self.get_buffer("bias_f") if self.bias_form else bias
 
 
 def _along(factor: Tensor, dims: int) -> Tensor:
