@@ -6,9 +6,10 @@ computes in (``runtimePrecision``) and the kernel's name (``primitiveType``, ``.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .base import Realised, TargetError
 
@@ -19,6 +20,10 @@ _IDLE = frozenset({"Input", "Output", "Const", "Reshape", "Reorder", "ShapeOf", 
 """Nodes that compute nothing: a site that only they carry moves values."""
 
 _CONVERTING = frozenset({"Subgraph", "Eltwise", "FakeQuantize", "Convert"})
+_REPLACED = re.compile(r"(_original|_\d+)$")
+_DEQUANTIZED = "/Dequantization"
+_STEPS = 5
+"""From stored weights to the operation that dequantizes them: conversion, zero point, scale, groups to rows."""
 _SMALL = frozenset({"i8", "u8", "i4", "u4"})
 _FLOAT = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 
@@ -37,7 +42,7 @@ class Node:
 
     @property
     def integer(self) -> bool:
-        return self.precision in ("u8", "i8") or self.kernel.endswith(("_I8", "_u8", "_i8"))
+        return self.kernel.endswith(("_I8", "_u8", "_i8"))
 
 
 def executed(compiled: ov.CompiledModel) -> list[Node]:
@@ -46,9 +51,8 @@ def executed(compiled: ov.CompiledModel) -> list[Node]:
     for op in compiled.get_runtime_model().get_ordered_ops():
         notes = op.get_rt_info()
 
-        def note(key: str, notes: Mapping[str, object] = notes) -> str:
-            value = notes[key] if key in notes else ""
-            return str(getattr(value, "value", value))
+        def note(key: str, notes: Any = notes) -> str:
+            return str(notes[key].astype(str)) if key in notes else ""
 
         nodes.append(
             Node(
@@ -85,14 +89,24 @@ class Owners:
     def of(cls, nodes: Mapping[str, Iterable[str]], tensors: Iterable[str]) -> Owners:
         return cls({layer: site for site, layers in nodes.items() for layer in layers}, frozenset(tensors))
 
+    def site(self, layer: str) -> str:
+        """The site that a layer computes; "" for none. The plugin's passes put a suffix behind what they replace."""
+        return self.by_layer.get(layer) or self.by_layer.get(_REPLACED.sub("", layer), "")
+
     def sites(self, node: Node) -> list[str]:
         """The sites that a node computes, the one it is the kernel of first."""
         if node.kind in _IDLE:
             return []
-        return list(dict.fromkeys(self.by_layer[layer] for layer in node.layers if layer in self.by_layer))
+        earlier: set[str] = set()
+        if node.kind in _CONVERTING:  # it bears the name of an earlier node's operation, whose result it dequantizes
+            earlier = {layer.partition(_DEQUANTIZED)[0] for layer in node.layers if _DEQUANTIZED in layer}
+        found = [self.site(layer) for layer in node.layers if layer not in earlier]
+        return list(dict.fromkeys(filter(None, found)))
 
     def converted(self, layer: str) -> str:
         """The tensor that a layer quantizes or dequantizes; "" if it does neither."""
+        if _DEQUANTIZED in layer:
+            return self.site(layer.partition(_DEQUANTIZED)[0])
         tensor, _, operation = layer.rpartition("/")
         return tensor if operation.startswith(("Quantize.", "Dequantize.")) and tensor in self.tensors else ""
 
@@ -104,7 +118,7 @@ class Owners:
             return ""
         source = graph.get(node.sources[0]) if node.sources else None
         for layer in reversed(source.layers if source is not None else ()):
-            tensor = self.converted(layer) or self.by_layer.get(layer, "") or f"@{layer}"
+            tensor = self.converted(layer) or self.site(layer) or f"@{layer}"
             if tensor in self.tensors:
                 return tensor
         return ""
@@ -125,23 +139,29 @@ def realised(
     small = frozenset(compressed)
     found = {}
     for site in sites:
-        if site in computes:
+        if site not in owners.by_layer.values():
+            found[site] = Realised("folded", "no operation of its own in the file: folded into a neighbour")
+        elif site in computes:
             found[site] = _precision(computes[site], site in small)
         elif site in absorbed:
             found[site] = Realised("folded", f"into {absorbed[site].kind} {absorbed[site].name}")
         else:
-            found[site] = Realised("removed", "no node computes it: constant, or implied by a quantizer's limits")
+            found[site] = Realised(
+                "removed", "the runtime computes nothing for it: folded into constants or conversions"
+            )
     return found
 
 
 def _precision(nodes: list[Node], compressed: bool) -> Realised:
     names = ", ".join(dict.fromkeys(f"{node.kind} {node.kernel}" for node in nodes))
-    if any(node.integer for node in nodes):
+    kernels = [node for node in nodes if node.kind not in _CONVERTING] or nodes
+    if any(node.integer for node in kernels):
         rest = ", ".join(dict.fromkeys(node.kind for node in nodes if not node.integer))
         return Realised("int8", f"{names}; {rest} in float" if rest else names)
     if compressed:
-        return Realised("size only", f"its weights are stored as integers, {names}")
-    return Realised(_FLOAT.get(nodes[0].precision, nodes[0].precision), names)
+        return Realised("size only", f"its weights are stored as integers and computed in float: {names}")
+    precision = next((_FLOAT[p] for n in kernels if (p := n.kernel.rpartition("_")[2]) in _FLOAT), kernels[0].precision)
+    return Realised(precision, names)
 
 
 def compressed_sites(model: ov.Model, by_layer: Mapping[str, str]) -> set[str]:
@@ -150,8 +170,15 @@ def compressed_sites(model: ov.Model, by_layer: Mapping[str, str]) -> set[str]:
     for op in model.get_ordered_ops():
         if op.get_type_name() != "Constant" or op.get_output_element_type(0).get_type_name() not in _SMALL:
             continue
-        for target in op.output(0).get_target_inputs():
-            site = by_layer.get(target.get_node().get_friendly_name(), "")
+        reader = op
+        for _ in range(_STEPS):
+            readers = list(reader.output(0).get_target_inputs())
+            if not readers or readers[0].get_node().get_type_name() == "Result":
+                break
+            reader = readers[0].get_node()
+            site = by_layer.get(reader.get_friendly_name(), "")
             if site and len(op.get_output_shape(0)) > 1:
                 found.add(site)
+            if site:
+                break
     return found
