@@ -18,6 +18,10 @@ from ..operations import Operation
 from .intercept import nested
 
 
+class ClosedError(NotImplementedError):
+    """This call of a composite cannot be shown inside. Raised before anything is computed."""
+
+
 def available(kind: str) -> bool:
     """Whether the inside of that composite can be shown."""
     return kind in _TABLE
@@ -57,7 +61,7 @@ def attention(
         if attn_mask.dtype == torch.bool:
             scores = scores.masked_fill(attn_mask.logical_not(), float("-inf"))
         else:
-            scores = scores + attn_mask
+            scores = _masked(scores, attn_mask)
     weights = torch.softmax(scores, dim=-1)
     if dropout_p > 0.0:
         weights = torch.dropout(weights, dropout_p, True)
@@ -96,7 +100,7 @@ def multi_head(
     ``query`` (L, N, E), ``key``, ``value`` (S, N, E) or without N -> (L, N, E), and the weights if asked for.
     """
     if bias_k is not None or bias_v is not None or add_zero_attn or static_k is not None or static_v is not None:
-        raise NotImplementedError(
+        raise ClosedError(
             "nn.MultiheadAttention with bias_k, bias_v, add_zero_attn or static keys cannot be seen inside; "
             "plan the module as a whole"
         )
@@ -117,7 +121,7 @@ def multi_head(
     mask = _merge_masks(attn_mask, key_padding_mask, q.shape[0], num_heads, q.dtype)
     scores = torch.matmul(q, k.transpose(-2, -1)) * (1 / math.sqrt(q.shape[-1]))
     if mask is not None:
-        scores = scores + mask
+        scores = _masked(scores, mask)
     attn = torch.softmax(scores, dim=-1)
     dropped = torch.dropout(attn, dropout_p, training) if dropout_p > 0 else attn
     mixed = torch.matmul(dropped, v)
@@ -127,6 +131,12 @@ def multi_head(
     if not batched:
         return output.squeeze(1), shown.squeeze(0) if shown is not None else None
     return output, shown
+
+
+def _masked(scores: Tensor, mask: Tensor) -> Tensor:
+    # not a site: what has minus infinity in it cannot be quantized
+    with torch._C.DisableTorchFunction():
+        return scores + mask
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
@@ -149,7 +159,7 @@ def _merge_masks(
             mask = mask.reshape(n, heads, *mask.shape[1:])
     if padding is not None:
         extra = additive(padding)[:, None, None, :]
-        mask = extra if mask is None else mask + extra
+        mask = extra if mask is None else _masked(mask, extra)
     return mask
 
 
@@ -198,22 +208,22 @@ def _recurrent(cell: Callable[..., Any], gated: bool) -> Callable[..., Any]:
         bidirectional: Any,
         batch_first: Any = None,
     ) -> Any:
-        if batch_first is None:
-            raise NotImplementedError(
+        if batch_first is None:  # (data, batch_sizes, ...): one argument fewer
+            raise ClosedError(
                 "a recurrent layer on a PackedSequence cannot be seen inside; plan the layer as a whole or unpack"
             )
-        states: State = tuple(hx) if gated else (hx,)
-        sequence = x.transpose(0, 1) if batch_first else x
         directions = 2 if bidirectional else 1
         per = len(params) // (num_layers * directions)
+        if per not in (2, 4) or (per == 4 and not has_biases):
+            raise ClosedError("a recurrent layer with a projection (proj_size) cannot be seen inside")
+        states: State = tuple(hx) if gated else (hx,)
+        sequence = x.transpose(0, 1) if batch_first else x
         final: list[list[Tensor]] = [[] for _ in states]
         for layer in range(num_layers):
             outputs = []
             for direction in range(directions):
                 at = layer * directions + direction
                 weights = params[at * per : (at + 1) * per]
-                if per not in (2, 4):
-                    raise NotImplementedError("a recurrent layer with a projection (proj_size) cannot be seen inside")
                 state = tuple(s[at] for s in states)
                 steps = []
                 times = range(sequence.shape[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -81,7 +81,6 @@ class Recorder:
         self.runs: dict[str, list[tuple[str, int]]] = {}
         self.open: list[Key] = []
         self.whole: list[_Draft] = []  # modules that are sites as a whole, being executed
-        self.current: list[Shape] = []
         self.tensor_keys: dict[int, str] = {}
         for key, tensor in (*model.named_parameters(), *model.named_buffers()):
             self.constants.mark(tensor, (key,))
@@ -107,21 +106,35 @@ class Recorder:
         run.append((operation.kind, index))
         if not computes:
             return self._pass(function, args, kwargs)
-        if not self.open:  # what a composite is made of is not another module
-            self.containers.update(_ancestors(scope.path))
+        # what a composite is made of is not another module: it changes no name outside
+        inside = inside_of(self.open[-1]) if self.open else ""
+        self.containers.update(path for path in _ancestors(scope.path) if path.startswith(inside))
         key = (scope.path, operation.kind, index)
         draft = self._draft(key, operation)
-        self._read(draft, operation, args, kwargs)
+        read = self._read(draft, operation, args, kwargs)
         if operation.role == "composite" and self.inside(provisional(key)) and decompose.available(operation.kind):
-            self.open.append(key)
-            try:
-                output = within(inside_of(key), functools.partial(decompose.run, operation, args, kwargs))
-            finally:
-                self.open.pop()
-            draft.opened = True
+            output = self._inside(draft, operation, function, args, kwargs)
         else:
             output = function(*args, **kwargs)
-        self._write(draft, output)
+        self._write(draft, output, read)
+        return output
+
+    def _inside(
+        self,
+        draft: _Draft,
+        operation: Operation,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        self.open.append(draft.key)
+        try:
+            output = within(inside_of(draft.key), functools.partial(decompose.run, operation, args, kwargs))
+        except decompose.ClosedError:
+            return function(*args, **kwargs)
+        finally:
+            self.open.pop()
+        draft.opened = True
         return output
 
     def module_call(
@@ -199,14 +212,18 @@ class Recorder:
             draft = self.drafts[key] = _Draft(key, operation, parent=self.open[-1] if self.open else None)
         return draft
 
-    def _read(self, draft: _Draft, operation: Operation, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def _read(
+        self, draft: _Draft, operation: Operation, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> list[Shape]:
+        """Note what the call reads; the shapes of its operands."""
         operands, rest = operation.split(args, kwargs)
         if operation.variadic:
             named = [(f"{operation.operands[0]}{i}", t) for i, t in enumerate(operands)]
         else:
-            given = [name for name in operation.operands if name in operation.bind(args, kwargs)]
-            named = list(zip(given, operands, strict=True))
-        self._operands(draft, [(name, t) for name, t in named if isinstance(t, Tensor)])
+            names = [name for name in operation.operands if name in operation.bind(args, kwargs)]
+            named = list(zip(names, operands, strict=True))
+        given = [(name, t) for name, t in named if isinstance(t, Tensor)]
+        self._operands(draft, given)
         if not draft.calls:
             draft.arguments = {k: v for k, v in rest.items() if _plain(v)}
             bias = rest.get("bias")
@@ -215,6 +232,7 @@ class Recorder:
             draft.tensor_arguments = {
                 k: v for k, v in rest.items() if isinstance(v, Tensor) and self.constants.of(v) is not None
             }
+        return [tuple(t.shape) for _, t in given]
 
     def _operands(self, draft: _Draft, named: list[tuple[str, Tensor]]) -> None:
         for position, (argument, tensor) in enumerate(named):
@@ -237,9 +255,8 @@ class Recorder:
                 slot.origins.add(origin)
                 if depends is None or self.tensor_keys.get(id(tensor), "") != slot.key:
                     slot.value = None  # another tensor at another call: no single weight
-        self.current = [tuple(t.shape) for _, t in named]
 
-    def _write(self, draft: _Draft, output: Any) -> None:
+    def _write(self, draft: _Draft, output: Any, read: Sequence[Shape] = ()) -> None:
         made = list(tensors(output))
         if draft.operation is not None and draft.operation.kind == "multi_head_attention_forward":
             made = made[:1]
@@ -250,7 +267,7 @@ class Recorder:
             draft.out_shapes = tuple(tuple(t.shape) for t in made)
             draft.out_dtypes = tuple(str(t.dtype).removeprefix("torch.") for t in made)
         if draft.operation is not None and made:
-            draft.macs += draft.operation.macs(self.current, [tuple(t.shape) for t in made])
+            draft.macs += draft.operation.macs(read, [tuple(t.shape) for t in made])
         draft.calls += 1
 
 
