@@ -1,0 +1,1 @@
+"""This project against its peers and its own bars. Each file is one benchmark: ``python -m benchmarks.overhead``."""
