@@ -1,28 +1,46 @@
-"""What each site and each change of format costs on a target: learned from the runtime's own profile of a few plans.
+"""What each site and each change of format costs on a target: learned from whole times of probe plans.
 
-Every probe plan is profiled (kernel times per site, conversion times per tensor) and timed whole, all interleaved.
-The profile gives a first table; a ridge regression over the whole times then corrects it, holding each entry to its
-profiled value with a relative tolerance. So the sum is checked against the whole, and both are reported.
+Probe plans (share of changed sites spread evenly, scattered and in runs) are timed whole, interleaved; the runtime's
+own profile of a few of them gives a first table. A ridge regression over the whole times corrects it: every entry may
+move alone, with those of the same operation and shape, and with those of the same operation. How far is decided by
+leaving out one probe at a time. So the sum is checked against the whole, and both are reported.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 import statistics
+import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from ._hash import hash_json
 from .bench import Bench
 from .plan import Plan
-from .site import Edge
+from .site import Edge, Site
 from .targets.base import SiteTimes
 from .technique import Technique
+from .techniques.float_ import Float
+
+Vector = NDArray[np.float64]
 
 FLOAT = "float"
+
+_GOLDEN = 5**0.5 / 2 - 0.5
+"""Multiples of it, modulo 1, are evenly spread however many are taken."""
+
+_MIXED, _FEWEST = 48, 12
+_EXPORT_S, _TIMING_S = 60.0, 40.0
+"""Beyond ``_FEWEST`` mixed probes are exported for so long; rounds of timing take about so long on a quiet machine."""
+
+_OPEN_BYTES = 2**30
+"""Files of about so many bytes together, had they float weights, are open at a time."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +54,14 @@ class Option:
 
     @property
     def is_float(self) -> bool:
-        return self.writes == FLOAT and all(read == FLOAT for read in self.reads)
+        return self.technique == Float()
 
 
 @dataclass(frozen=True)
 class Costs:
     """``sites``: (site, technique) -> ms. ``edges``: (edge, produced, consumed) -> ms. ``fixed``: ms of every plan.
 
-    ``fit_error``: median relative error over the probes the table was fitted on, ``probes`` of them.
+    ``fit_error``: median relative error over the ``probes`` probe plans, each predicted without itself.
     """
 
     sites: Mapping[tuple[str, Technique], float]
@@ -56,21 +74,49 @@ class Costs:
 
 
 def probe_plans(options: Mapping[str, Sequence[Option]], mixed: int, seed: int) -> list[Plan]:
-    """The float plan, each technique wherever it is offered, and ``mixed`` random plans of evenly spread share."""
-    techniques = list(dict.fromkeys(o.technique for rows in options.values() for o in rows if not o.is_float))
+    """The float plan, each technique wherever it is offered, and ``mixed`` random plans.
+
+    The shares of changed sites are evenly spread, in every beginning of the list as well. Every second plan changes
+    runs of neighbouring sites, as searches do; the others scattered ones, which meet more changes of format.
+    """
+    offered = {site: [o.technique for o in rows if not o.is_float] for site, rows in options.items()}
+    changing = [site for site, techniques in offered.items() if techniques]
     plans = [Plan()]
-    for technique in techniques:
-        plans.append(Plan({site: technique for site, rows in options.items() if any(o.technique == technique for o in rows)}))
+    for technique in dict.fromkeys(t for techniques in offered.values() for t in techniques):
+        plans.append(Plan({site: technique for site in changing if technique in offered[site]}))
     generator = random.Random(seed)
-    for index in range(mixed):
-        share = (index + 1) / (mixed + 1)
+    for index in range(mixed if changing else 0):
+        share = (0.5 + index * _GOLDEN) % 1.0
+        count = max(1, min(round(share * len(changing)), len(changing) - 1))
+        runs = (
+            [[site] for site in generator.sample(changing, count)] if index % 2 else _runs(changing, count, generator)
+        )
         chosen: dict[str, Technique] = {}
-        for site, rows in options.items():
-            candidates = [o.technique for o in rows if not o.is_float]
-            if candidates and generator.random() < share:
-                chosen[site] = generator.choice(candidates)
-        plans.append(Plan(chosen))
+        for run in runs:
+            wanted = generator.choice(offered[run[0]])
+            chosen.update(
+                {site: wanted if wanted in offered[site] else generator.choice(offered[site]) for site in run}
+            )
+        plans.append(Plan({site: chosen[site] for site in changing if site in chosen}))
     return plans
+
+
+def _runs(sites: Sequence[str], count: int, generator: random.Random) -> list[list[str]]:
+    """``count`` of the sites in a few runs of neighbours (the last site's is the first), lengths at random."""
+    rest = len(sites) - count
+    number = max(1, round(min(count, rest) / 3))
+    lengths, gaps = _parts(count, number, generator), _parts(rest, number, generator)
+    at, runs = generator.randrange(len(sites)), []
+    for length, gap in zip(lengths, gaps, strict=True):
+        runs.append([sites[(at + k) % len(sites)] for k in range(length)])
+        at += length + gap
+    return runs
+
+
+def _parts(total: int, number: int, generator: random.Random) -> list[int]:
+    """``total`` as a sum of ``number`` integers of at least 1 (one part of 0 where there is nothing to divide)."""
+    cuts = [0, *sorted(generator.sample(range(1, total), number - 1)), total] if total else [0, 0]
+    return [high - low for low, high in itertools.pairwise(cuts)]
 
 
 def _everywhere(options: Mapping[str, Sequence[Option]]) -> Plan:
@@ -79,29 +125,75 @@ def _everywhere(options: Mapping[str, Sequence[Option]]) -> Plan:
     return Plan({site: technique for site, technique in firsts.items() if technique is not None})
 
 
-def learn(bench: Bench, options: Mapping[str, Sequence[Option]], edges: Sequence[Edge], mixed: int = 12) -> Costs:
-    """Profile and time probe plans on a measured target, and fit the table."""
+def learn(bench: Bench, options: Mapping[str, Sequence[Option]], edges: Sequence[Edge], mixed: int = _MIXED) -> Costs:
+    """Time and profile probe plans on a measured target, and fit the table."""
+    record = bench.net.record
     asked = probe_plans(options, mixed, bench.seed)
-    plans = [bench.target.adapt(plan, bench.net.record) for plan in asked]
-    bench.everywhere(bench.target.adapt(_everywhere(options), bench.net.record))
-    bench.progress.start(f"exporting and timing {len(plans)} probe plans on {bench.target.name}", len(plans))
-    for plan in plans:
-        bench.artifact(plan)
+    plans = [bench.target.adapt(plan, record) for plan in asked]
+    bench.everywhere(bench.target.adapt(_everywhere(options), record))
+    plans = _exported(bench, plans, len(plans) - mixed + _FEWEST)
+    profiled = len(asked) - mixed + 4
+    bench.progress.start(f"profiling and timing {len(plans)} probe plans on {bench.target.name}", profiled + 1)
+    profiles = []
+    for plan in plans[:profiled]:
+        profiles.append(bench.site_times(plan))
         bench.progress.advance()
-    wholes = [timing.ms for timing in bench.times(plans)]
-    profiles = [bench.site_times(plan) for plan in plans]
-    chosen = [chosen_options(before, after, options) for before, after in zip(asked, plans, strict=True)]
-    return fit(options, edges, chosen, profiles, wholes)
+    wholes = _wholes(bench, plans, profiles[0].whole)
+    bench.progress.advance()
+    chosen = [chosen_options(before, after, options) for before, after in zip(asked, plans, strict=False)]
+    return fit(record.sites, options, edges, chosen, profiles, wholes)
+
+
+def _exported(bench: Bench, plans: Sequence[Plan], least: int) -> list[Plan]:
+    """The plans that are exported in time, at least ``least``; how many is stored, so that a resumed run takes them."""
+    key = {**bench.model_key, "target": bench.target.settings(), "plans": hash_json([plan.digest() for plan in plans])}
+    known = bench.store.get("probes", key)
+    if known is not None:
+        return list(plans[:known])
+    bench.progress.start(f"exporting {len(plans)} probe plans for {bench.target.name}", len(plans))
+    end = time.perf_counter() + _EXPORT_S
+    taken: list[Plan] = []
+    for plan in plans:
+        if len(taken) >= least and time.perf_counter() > end:
+            break
+        bench.artifact(plan)
+        taken.append(plan)
+        bench.progress.advance()
+    bench.store.put("probes", key, len(taken))
+    return taken
+
+
+def _wholes(bench: Bench, plans: Sequence[Plan], float_ms: float) -> list[float]:
+    """The whole time of each plan in ms, the float plan first; as many at a time as memory allows.
+
+    Other work on the machine only ever adds time, so plans are compared by their lower quartiles, which it moves
+    least, in parts each beside the float plan; the level common to all is that of the medians.
+    """
+    rounds = max(10, min(60, int(_TIMING_S * 1e3 / (2 * float_ms * len(plans)))))
+    size = sum(tensor.nbytes for tensor in bench.model.state_dict().values())
+    step = max(1, _OPEN_BYTES // max(1, size))
+    ratios, levels = [1.0], []
+    for first in range(1, len(plans), step):
+        timings = bench.times([plans[0], *plans[first : first + step]], rounds)
+        reference, *others = (float(np.quantile(timing.samples, 0.25)) for timing in timings)
+        ratios += [ms / reference for ms in others]
+        above = (t.ms / ms for t, ms in zip(timings, [reference, *others], strict=True))
+        levels.append(reference * statistics.median(above))
+    return [statistics.median(levels) * ratio for ratio in ratios]
 
 
 def fit(
+    sites: Mapping[str, Site],
     options: Mapping[str, Sequence[Option]],
     edges: Sequence[Edge],
     chosen: Sequence[Mapping[str, Option]],
     profiles: Sequence[SiteTimes],
     wholes: Sequence[float],
 ) -> Costs:
-    """The table from the options chosen in each probe, their profiles and their whole times (ms); float first."""
+    """The table from the options chosen in each probe and their whole times (ms); the float plan comes first.
+
+    ``sites``: all sites of the record. ``profiles``: of the first probes, at least of the float plan.
+    """
     columns: dict[Any, int] = {}
     for site, rows in options.items():
         for option in rows:
@@ -117,15 +209,17 @@ def fit(
             key = (edge, *_crossing(edge, choice))
             if key in columns:
                 present[row, columns[key]] = 1.0
-    prior = _prior(columns, edges, chosen, profiles)
-    table, fixed = _ridge(present, np.asarray(wholes), prior)
-    predicted = present @ table + fixed
-    error = float(np.median(np.abs(predicted - wholes) / np.asarray(wholes)))
+    times = np.asarray(wholes, dtype=np.float64)
+    scaled = [_scaled(p, whole, sites) for p, whole in zip(profiles, wholes, strict=False)]
+    kinds = [_kind(key, sites) for key in columns]
+    prior = _prior(columns, kinds, edges, chosen, scaled)
+    spread = 0.5 * np.abs(prior) + 0.5 * float(times.mean()) / max(len(options), 1)
+    table, fixed, errors = _ridge(present, times, prior, _directions(prior, spread, kinds))
     return Costs(
         {key: float(table[i]) for key, i in columns.items() if len(key) == 2},
         {key: float(table[i]) for key, i in columns.items() if len(key) == 3},
-        float(fixed),
-        error,
+        fixed,
+        float(np.median(np.abs(errors))),
         len(chosen),
         float(wholes[0]),
         profiles[0].total,
@@ -161,15 +255,39 @@ def _crossing(edge: Edge, choice: Mapping[str, Option]) -> tuple[str, str]:
     )
 
 
+def _scaled(profile: SiteTimes, whole: float, sites: Mapping[str, Site]) -> SiteTimes:
+    """The profile stretched to the whole time without a profiler; what is fused behind a site counts as its own."""
+    factor = whole / profile.total if profile.total > 0 else 1.0
+    heads = {member: site.name for site in sites.values() for member in site.epilogue}
+    owned: dict[str, float] = defaultdict(float)
+    for site, ms in profile.sites.items():
+        owned[heads.get(site, site)] += factor * ms
+    changed = {tensor: factor * ms for tensor, ms in profile.conversions.items()}
+    return SiteTimes(owned, changed, factor * profile.other, whole, profile.source)
+
+
+def _kind(key: Any, sites: Mapping[str, Site]) -> tuple[Hashable, Hashable]:
+    """(the same operation or change of format, the same of the same shape) of an entry of the table."""
+    if len(key) == 2:
+        site, technique = key
+        alike = (sites[site].kind, technique)
+        return alike, (*alike, sites[site].macs, tuple(operand.shape for operand in sites[site].operands))
+    edge, produced, consumed = key
+    producer, consumer = sites.get(edge.producer), sites[edge.consumer]
+    change = (producer.kind if producer is not None else "", consumer.kind, edge.operand, produced, consumed)
+    return change, (*change, consumer.operands[edge.operand].shape)
+
+
 def _prior(
     columns: Mapping[Any, int],
+    kinds: Sequence[tuple[Hashable, Hashable]],
     edges: Sequence[Edge],
     chosen: Sequence[Mapping[str, Option]],
     profiles: Sequence[SiteTimes],
-) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """The profiled time of every entry: medians over the probes that contain it; unseen conversions by their kind."""
+) -> Vector:
+    """The profiled time of every entry: medians over the probes that contain it; of those alike, where none does."""
     seen: dict[Any, list[float]] = defaultdict(list)
-    for choice, profile in zip(chosen, profiles, strict=True):
+    for choice, profile in zip(chosen, profiles, strict=False):
         for site, option in choice.items():
             seen[site, option.technique].append(profile.sites.get(site, 0.0))
         crossing: dict[str, list[Any]] = defaultdict(list)
@@ -180,33 +298,64 @@ def _prior(
         for tensor, keys in crossing.items():
             for key in keys:
                 seen[key].append(profile.conversions.get(tensor, 0.0) / len(keys))
-    kinds: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for key, values in seen.items():
-        if len(key) == 3:
-            kinds[key[1:]].append(statistics.median(values))
-    prior = np.zeros(len(columns))
-    for key, column in columns.items():
-        if seen.get(key):
-            prior[column] = statistics.median(seen[key])
-        elif len(key) == 3 and kinds.get(key[1:]):
-            prior[column] = statistics.median(kinds[key[1:]])
-    return prior
+    found = {key: statistics.median(values) for key, values in seen.items()}
+    alike: dict[Hashable, list[float]] = defaultdict(list)
+    for key, kind in zip(columns, kinds, strict=True):
+        if key in found:
+            alike[kind[0]].append(found[key])
+    return np.array(
+        [
+            found[key] if key in found else statistics.median(alike.get(kind[0], [0.0]))
+            for key, kind in zip(columns, kinds, strict=True)
+        ]
+    )
 
 
-def _ridge(
-    present: np.ndarray[Any, np.dtype[np.float64]],
-    wholes: np.ndarray[Any, np.dtype[np.float64]],
-    prior: np.ndarray[Any, np.dtype[np.float64]],
-    noise: float = 0.01,
-    tolerance: float = 0.5,
-) -> tuple[np.ndarray[Any, np.dtype[np.float64]], float]:
-    """Least squares of the relative residuals plus ``((x - prior) / (tolerance * prior + floor))^2``; free intercept."""
-    count = len(prior)
-    floor = 0.02 * float(np.median(wholes)) / max(count, 1) ** 0.5
-    weight = 1.0 / (noise * wholes)
-    data = np.hstack([present, np.ones((len(wholes), 1))]) * weight[:, None]
+def _directions(prior: Vector, spread: Vector, kinds: Sequence[tuple[Hashable, Hashable]]) -> Vector:
+    """Moves of the table that the regression may combine, [entries, moves], each as long as it is likely.
+
+    Each entry alone; twice as far, all of one shape and all of one operation together; and the profile's level, for
+    one operation and for all.
+    """
+    moves = [*np.diag(spread)]
+
+    def shared(groups: Iterable[Hashable], length: Vector) -> None:
+        labels = list(groups)
+        for group in dict.fromkeys(labels):
+            member = np.array([label == group for label in labels])
+            if member.sum() > 1:
+                moves.append(2.0 * length * member)
+
+    shared((shape for _, shape in kinds), spread)
+    shared((operation for operation, _ in kinds), spread)
+    shared((operation for operation, _ in kinds), 0.5 * prior)
+    moves.append(2.0 * prior)
+    return np.stack(moves, axis=1)
+
+
+def _ridge(present: Vector, wholes: Vector, prior: Vector, moves: Vector) -> tuple[Vector, float, Vector]:
+    """``(table, fixed, errors)``: ridge regression of the relative residuals on ``moves``, with a free ``fixed``.
+
+    The penalty is the one of least squared error when each probe is predicted from the others (leave-one-out in
+    closed form, Allen 1974, Technometrics 16:1, doi:10.1080/00401706.1974.10489157); ``errors`` are those, relative.
+    """
+    weight = 1.0 / wholes
+    design = (present @ moves) * weight[:, None]
     target = (wholes - present @ prior) * weight
-    hold = np.zeros((count, count + 1))
-    hold[np.arange(count), np.arange(count)] = 1.0 / (tolerance * prior + floor)
-    solution, *_ = np.linalg.lstsq(np.vstack([data, hold]), np.concatenate([target, np.zeros(count)]), rcond=None)
-    return prior + solution[:count], float(solution[count])
+    constant = weight / float(np.linalg.norm(weight))
+    inner = design - np.outer(constant, constant @ design)
+    values, vectors = np.linalg.eigh(inner @ inner.T)
+    values = np.maximum(values, 0.0)
+    best: tuple[float, float, Vector] | None = None
+    for penalty in 10.0 ** np.arange(-7.0, 2.1, 0.5):
+        hat = (vectors * (values / (values + penalty))) @ vectors.T + np.outer(constant, constant)
+        errors = (target - hat @ target) / np.maximum(1.0 - np.diag(hat), 1e-6)
+        score = float(np.mean(errors**2))
+        if best is None or score < best[0]:
+            best = score, float(penalty), errors
+    assert best is not None
+    _, penalty, errors = best
+    centred = target - constant * float(constant @ target)
+    combined = inner.T @ (vectors @ ((vectors.T @ centred) / (values + penalty)))
+    fixed = float(constant @ (target - design @ combined)) / float(np.linalg.norm(weight))
+    return prior + moves @ combined, fixed, errors
