@@ -9,14 +9,16 @@ import functools
 import shutil
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
-from ._hash import hash_files, hash_json, hash_state, technique_key
+from ._files import check_writable
+from ._hash import hash_files, hash_function, hash_json, hash_source, hash_state, technique_key
 from .compare import Score
 from .data import digest, first_inputs
 from .export.program import with_batch
@@ -24,7 +26,7 @@ from .metrics import source_digest
 from .model.apply import build
 from .model.calibrate import calibrate
 from .model.formats import place
-from .model.network import Network, network
+from .model.network import Network, duplicate, network
 from .numerics.statistics import TensorStatistics
 from .plan import Plan
 from .progress import Progress, Silent
@@ -39,7 +41,10 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Bench:
-    """Measures one model on one target. Internal: the verbs make one, use it and let it go."""
+    """Measures one model on one target. Internal: the verbs make one, use it and let it go.
+
+    ``model`` is a copy: the user's is never run, and may change meanwhile.
+    """
 
     model: nn.Module
     task: Task
@@ -52,7 +57,8 @@ class Bench:
     progress: Progress = field(default_factory=Silent)
     _artifacts: dict[str, Artifact] = field(default_factory=dict)
     _digests: dict[str, str] = field(default_factory=dict)
-    _whole: tuple[Plan, onnx.ModelProto, onnx.ModelProto, tuple[str, ...]] | None = None
+    _whole: Plan | None = None
+    _graphs: tuple[onnx.ModelProto, onnx.ModelProto, tuple[str, ...]] | None = None
 
     @classmethod
     def open(
@@ -68,26 +74,35 @@ class Bench:
         seed: int = 0,
         progress: Progress | None = None,
     ) -> Bench:
-        """Record the model on its first calibration inputs. ``folder``: where artifacts go, a temporary one by default."""
-        inputs = first_inputs(task.calibration)
-        net = network(model, inputs, forward=task.forward, names=names)
+        """Record the model on its first calibration inputs. ``folder``: of the artifacts; None: a temporary one."""
+        net = network(duplicate(model), first_inputs(task.calibration), forward=task.forward, names=names)
         opened = store if isinstance(store, Store) else Store(store)
-        place = Path(tempfile.mkdtemp(prefix="bitsmith-") if folder is None else folder)
-        bench = cls(model, task, target, opened, net, place, batch, seed, progress or Silent())
+        root = Path(tempfile.mkdtemp(prefix="bitsmith-") if folder is None else check_writable(folder))
+        bench = cls(net.model, task, target, opened, net, root, batch, seed, progress or Silent())
         if folder is None:
-            weakref.finalize(bench, shutil.rmtree, place, ignore_errors=True)
+            weakref.finalize(bench, shutil.rmtree, root, ignore_errors=True)
+        if opened is not store:
+            weakref.finalize(bench, opened.close)
         return bench
 
     # -- keys ----------------------------------------------------------------------------------------------------
 
     @functools.cached_property
     def model_key(self) -> dict[str, str]:
-        """The weights, the recorded trace, and the code that computes."""
+        """The weights, the recorded trace, and the code that computes: the package's and the model's own."""
         trace = [
-            (s.name, s.kind, s.calls, s.macs, [(o.tensor, o.shape, o.dtype) for o in s.operands], s.out_shapes, s.epilogue)
-            for s in self.net.record.sites.values()
+            (
+                *(site.name, site.kind, site.calls, site.macs, site.out_shapes, site.epilogue),
+                [(operand.tensor, operand.shape, operand.dtype) for operand in site.operands],
+                {name: repr(value) for name, value in site.arguments.items()},
+            )
+            for site in self.net.record.sites.values()
         ]
-        return {"state": hash_state(self.model), "trace": hash_json(trace), "code": code_key()}
+        classes = {type(module) for module in self.model.modules() if not type(module).__module__.startswith("torch.")}
+        code = [code_key(), *sorted(hash_function(module) for module in classes)]
+        if self.task.forward is not None:
+            code.append(source_digest(self.task.forward))
+        return {"state": hash_state(self.model), "trace": hash_json(trace), "code": hash_json(code)}
 
     @functools.cached_property
     def calibration_key(self) -> str:
@@ -110,25 +125,27 @@ class Bench:
     def ranges(self, formats: Sequence[tuple[str, Format]]) -> None:
         """Have statistics for these tensors: from the store, or collected in one pass over the calibration data."""
         known: dict[str, TensorStatistics] = dict(self.net.record.statistics)
-        missing: list[tuple[str, Format]] = []
+        histograms: dict[str, bool] = {}
         for tensor, fmt in formats:
-            histogram = fmt.range.needs_histogram
+            histograms[tensor] = histograms.get(tensor, False) or fmt.range.needs_histogram
+        missing: dict[str, bool] = {}
+        for tensor, histogram in histograms.items():
             have = known.get(tensor)
             if have is not None and (have.histogram is not None or not histogram):
                 continue
             found = self.store.get("range", self._range_key(tensor, histogram))
-            if found is not None:
-                known[tensor] = TensorStatistics.from_json(found)
+            if found is None:
+                missing[tensor] = histogram
             else:
-                missing.append((tensor, fmt))
+                known[tensor] = TensorStatistics.from_json(found)
         self.net = self.net.with_statistics(known)
         if not missing:
             return
-        collected = calibrate(self.net, missing, self.task.calibration)
-        histograms = {tensor: fmt.range.needs_histogram for tensor, fmt in missing}
-        for tensor, histogram in histograms.items():
-            self.store.put("range", self._range_key(tensor, histogram), collected[tensor].to_json())
-        self.net = self.net.with_statistics(collected)
+        wanted = [(tensor, fmt) for tensor, fmt in formats if tensor in missing]
+        self.net = self.net.with_statistics(calibrate(self.net, wanted, self.task.calibration))
+        for tensor, histogram in missing.items():
+            statistics = self.net.record.statistics[tensor]
+            self.store.put("range", self._range_key(tensor, histogram), statistics.to_json())
 
     def _range_key(self, tensor: str, histogram: bool) -> dict[str, Any]:
         return {**self.model_key, "data": self.calibration_key, "tensor": tensor, "histogram": histogram}
@@ -140,18 +157,22 @@ class Bench:
         return build(self.net, plan, self.task.calibration, seed=self.seed)
 
     def score(self, plan: Plan | None, split: Split = "validation") -> Score:
-        """The metric of an adapted plan, or of the float model (None)."""
+        """The metric of an adapted plan, or of the float model (None, or a plan that changes nothing)."""
+        if plan is not None and not plan.sites and not plan.prepare:
+            plan = None
         key = {
             **self.model_key,
             "plan": None if plan is None else self.plan_key(plan),
             "calibration": self.calibration_key,
             "data": self.data_key(split),
-            "metric": source_digest(self.task.evaluate or self.task.scored_by.function),
+            "metric": [self.task.name, self.task.lower, source_digest(self.task.evaluate or self.task.scored_by)],
             "draws": self.task.draws,
             "seed": self.seed,
         }
         found = self.store.get_or(
-            "accuracy", key, lambda: score(self.model if plan is None else self.simulate(plan), self.task, split).to_json()
+            "accuracy",
+            key,
+            lambda: score(self.model if plan is None else self.simulate(plan), self.task, split).to_json(),
         )
         return Score.from_json(found)
 
@@ -173,7 +194,23 @@ class Bench:
         return self._artifacts[digest]
 
     def everywhere(self, plan: Plan) -> None:
-        """Export an adapted plan once, so that the files of its parts come in milliseconds instead of seconds."""
+        """Export this adapted plan once, when first needed: files of its parts then come in milliseconds."""
+        self._whole = plan
+        self._graphs = None
+
+    def _derived(self, plan: Plan, path: Path) -> Artifact | None:
+        if self._whole is None or type(self.target).write is Target.write:
+            return None
+        from .export.derive import derive
+
+        if self._graphs is None:
+            self._graphs = self._exported(self._whole)
+        full, base, sites = self._graphs
+        model = derive(full, base, plan, self._whole, self.net.record)
+        return None if model is None else self.target.write(model, path, sites, plan, self.batch)
+
+    def _exported(self, plan: Plan) -> tuple[onnx.ModelProto, onnx.ModelProto, tuple[str, ...]]:
+        """The graphs of a plan and of the plan that changes nothing, and the names of all sites."""
         from .export.names import site_names
         from .export.onnx import raw_onnx
         from .export.program import applied_program
@@ -182,39 +219,49 @@ class Bench:
             return raw_onnx(applied_program(net, self.example, self.batch)[0])
 
         full = self.simulate(plan)
-        self._whole = (plan, graph(full), graph(self.simulate(Plan(prepare=plan.prepare))), tuple(site_names(full)))
+        return graph(full), graph(self.simulate(Plan(prepare=plan.prepare))), tuple(site_names(full))
 
-    def _derived(self, plan: Plan, path: Path) -> Artifact | None:
-        if self._whole is None:
-            return None
-        from .export.derive import derive
+    def time_key(self, plans: Sequence[Plan], rounds: int) -> dict[str, Any]:
+        """What a time depends on. The plan stands for its file: exporting twice need not give the same bytes."""
+        return {
+            **self.model_key,
+            "calibration": self.calibration_key,
+            "seed": self.seed,
+            "plans": [self.plan_key(plan) for plan in plans],
+            "settings": self.target.settings(),
+            "target": hash_source(type(self.target)),
+            "torch": torch.__version__,
+            "batch": self.batch,
+            "rounds": rounds,
+        }
 
-        whole, full, base, sites = self._whole
-        model = derive(full, base, plan, whole, self.net.record)
-        return None if model is None else self.target.write(model, path, sites, plan, self.batch)
+    def times(
+        self, plans: Sequence[Plan], rounds: int = 60, exported: Callable[[], None] = lambda: None
+    ) -> list[Timing]:
+        """Latency of adapted plans, interleaved in one run. Stored as one measurement: they belong together.
 
-    def time_key(self, artifact: Artifact, rounds: int) -> dict[str, Any]:
-        return {"artifact": artifact.digest(), "settings": self.target.settings(), "batch": self.batch, "rounds": rounds}
+        ``exported`` is called after each export, if it comes to that.
+        """
 
-    def times(self, plans: Sequence[Plan], rounds: int = 60) -> list[Timing]:
-        """Latency of adapted plans, interleaved in one run. Stored as one measurement: they belong together."""
-        artifacts = [self.artifact(plan) for plan in plans]
-        key = {"together": [self.time_key(artifact, rounds) for artifact in artifacts]}
-        found = self.store.get_or(
-            "time",
-            key,
-            lambda: [
+        def measure() -> list[dict[str, Any]]:
+            artifacts = []
+            for plan in plans:
+                artifacts.append(self.artifact(plan))
+                exported()
+            return [
                 {"samples": list(t.samples), "batch": t.batch, "threads": t.threads, "source": t.source}
                 for t in self.target.measure(artifacts, rounds)
-            ],
-        )
+            ]
+
+        found = self.store.get_or("time", self.time_key(plans, rounds), measure)
         return [Timing(tuple(t["samples"]), t["batch"], t["threads"], t["source"]) for t in found]
 
     def site_times(self, plan: Plan, rounds: int = 40) -> SiteTimes:
         """Where the time of an adapted plan goes."""
-        artifact = self.artifact(plan)
         found = self.store.get_or(
-            "site times", self.time_key(artifact, rounds), lambda: asdict(self.target.site_times(artifact, rounds))
+            "site times",
+            self.time_key([plan], rounds),
+            lambda: asdict(self.target.site_times(self.artifact(plan), rounds)),
         )
         return SiteTimes(**found)
 

@@ -32,7 +32,9 @@ def evaluator(
 
     The plan in the result is the adapted one. Reads calibration and validation data only; ``test`` is never touched.
     """
-    return Evaluator(Bench.open(model, task, target, store=store, folder=folder, batch=batch, seed=seed, progress=progress))
+    return Evaluator(
+        Bench.open(model, task, target, store=store, folder=folder, batch=batch, seed=seed, progress=progress)
+    )
 
 
 class Evaluator:
@@ -45,7 +47,7 @@ class Evaluator:
         bench = self.bench
         adapted = adapt(bench, plan)
         reference = bench.score(None)
-        got = bench.score(adapted) if adapted.sites else reference
+        got = bench.score(adapted)
         lost = drop(reference, got)
         plain, timing = bench.times([Plan(), adapted])
         artifact = bench.artifact(adapted)

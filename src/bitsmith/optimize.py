@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import platform
+import shutil
+import tempfile
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +23,13 @@ from .profile import Profile, measure
 from .progress import Progress, Silent
 from .report.compose import report
 from .report.data import Report
-from .search import BudgetError, Result, Search, search
+from .search import BudgetError, Result, Search, objective, search
 from .search.exact import Exact
 from .sensitivity.base import Sensitivity
 from .sensitivity.one_at_a_time import output_error
 from .store import Store, machine_key
 from .targets.base import Artifact, Target
-from .task import Task
+from .task import Split, Task
 from .technique import Technique
 from .techniques.int_ import Int
 from .verify import Check, verify
@@ -65,13 +68,15 @@ def optimize(
     """Profile, search, apply, export, verify, report: the verbs composed.
 
     ``budget``: limits; if ``drop`` is the only one, ``ms`` is minimized, otherwise say what with ``minimize``.
-    ``techniques``: what may stand at a site, ``[Int(8, 8)]`` by default. ``folder``: gets ``plan.json``, the model file,
-    ``report.html``, ``report.json`` and, if no ``store`` is given, the store ``runs.db`` from which a killed run
-    resumes. ``batch``: of the times and of the file.
+    ``techniques``: what may stand at a site, ``[Int(8, 8)]`` by default. ``folder``: gets ``plan.json``, the model
+    file, ``report.html``, ``report.json`` and, if no ``store`` is given, the store ``runs.db`` from which a killed run
+    resumes; without a folder the model file lives as long as the returned artifact. ``batch``: of the times and of
+    the file.
 
     Calibration and validation data are read to choose; ``task.test`` is forwarded once, for the report. Raises
     ``BudgetError`` if no plan meets the budget, after the best one was saved; it carries that one as ``.best``.
     """
+    minimize = objective(budget, minimize)
     progress = progress or Silent()
     place = check_writable(folder) if folder is not None else None
     if store is None and place is not None:
@@ -80,6 +85,8 @@ def optimize(
     bench = Bench.open(model, task, target, store=store, batch=batch, seed=seed, progress=progress)
     offered = list(techniques) if techniques is not None else [Int(8, 8)]
     _dry_run(bench, offered)
+    if "mj" in (minimize, *budget.limits) and target.energy(bench.artifact(Plan())) is None:
+        raise ValueError(f"{target.name} gives no energy: leave mj out, or take a target that has it")
     profiled = measure(bench, offered, sensitivity)
     failure: BudgetError | None = None
     try:
@@ -101,6 +108,7 @@ def _dry_run(bench: Bench, offered: Sequence[Technique]) -> None:
     seconds = time.perf_counter() - start
     progress.advance()
     start = time.perf_counter()
+    bench.artifact(Plan())
     bench.times([Plan()], rounds=5)
     exporting = time.perf_counter() - start
     progress.advance()
@@ -134,12 +142,14 @@ def _finish(
     progress.start("exporting, verifying and measuring the chosen plan", 4)
     plan = adapt(bench, result.plan)
     net = bench.simulate(plan)
-    place = folder or bench.folder
+    place = folder or Path(tempfile.mkdtemp(prefix="bitsmith-"))
     artifact = target.export(net, place / f"model{suffix(target)}", bench.example, bench.batch)
+    if folder is None:
+        weakref.finalize(artifact, shutil.rmtree, place, ignore_errors=True)
     progress.advance()
     check = verify(net, artifact, task.calibration, target=target, forward=task.forward)
     progress.advance()
-    split = "test" if task.test is not None else "validation"
+    split: Split = "test" if task.test is not None else "validation"
     float_score, plan_score = bench.score(None, split), bench.score(plan, split)
     progress.advance()
     float_time, plan_time = bench.times([Plan(), plan], rounds=200)
@@ -159,6 +169,8 @@ def _finish(
         plan_time=plan_time,
         float_bytes=bench.artifact(Plan()).bytes,
         plan_bytes=artifact.bytes,
+        float_mj=target.energy(bench.artifact(Plan())),
+        plan_mj=target.energy(artifact),
         float_sites=bench.site_times(Plan()),
         plan_sites=bench.site_times(plan),
         sites=bench.net.record.sites,

@@ -37,7 +37,8 @@ SCHEMA = 1
 class Row:
     """One site under one technique. ``loss``: what it loses alone (relative squared output error or task loss rise).
 
-    ``ms`` per batch, ``bytes`` of its weights in the file, ``mj`` per batch. ``refused``: why the target does not
+    ``ms`` per batch, ``bytes`` of its weights in the file, ``mj`` per batch: its ms at the float network's mean power,
+    None on a target without energy. ``refused``: why the target does not
     offer it; such a row is never chosen. ``reads``, ``writes``: formats at its operands and its output ("float", "u8").
     """
 
@@ -98,8 +99,7 @@ class Profile:
             technique = plan.get(site)
             row = next((r for r in rows if r.technique == technique), None)
             if row is None:
-                plain = [r for r in rows if r.writes == FLOAT and all(read == FLOAT for read in r.reads)]
-                row = min(plain or rows, key=lambda r: r.loss)
+                row = next((r for r in rows if r.technique == Float()), min(rows, key=lambda r: r.loss))
             picked.append(row)
         return picked
 
@@ -119,33 +119,54 @@ class Profile:
         for edge in self.edges:
             producer, consumer = by_site.get(edge.producer), by_site.get(edge.consumer)
             produced = producer.writes if producer is not None else FLOAT
-            consumed = consumer.reads[edge.operand] if consumer is not None and edge.operand < len(consumer.reads) else FLOAT
+            consumed = (
+                consumer.reads[edge.operand] if consumer is not None and edge.operand < len(consumer.reads) else FLOAT
+            )
             if (produced, consumed) == (edge.produced, edge.consumed):
                 yield edge
 
     def to_json(self) -> dict[str, Any]:
-        return {"schema": SCHEMA, "kind": "bitsmith.profile", **{f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}}
+        return {
+            "schema": SCHEMA,
+            "kind": "bitsmith.profile",
+            **{f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)},
+        }
 
     @classmethod
     def from_json(cls, data: Any, techniques: Sequence[type] = ()) -> Profile:
-        """Read what :meth:`to_json` wrote. Raises ``PlanError`` for another or newer file."""
-        if not isinstance(data, dict) or data.get("kind") != "bitsmith.profile" or data.get("schema") != SCHEMA:
-            raise PlanError(f"this is not a Bitsmith profile of schema {SCHEMA}; profile again")
+        """Read what :meth:`to_json` wrote. Raises ``PlanError`` for another, garbled or newer file."""
+        if not isinstance(data, dict) or data.get("kind") != "bitsmith.profile":
+            raise PlanError(
+                'this is not a Bitsmith profile: a JSON object with "kind": "bitsmith.profile" was expected'
+            )
+        if data.get("schema") != SCHEMA:
+            raise PlanError(
+                f"profile schema {data.get('schema')!r} is unknown to this version, which reads {SCHEMA}; "
+                "a newer Bitsmith wrote it: pip install -U bitsmith"
+            )
         classes = known_classes(techniques)
         try:
             rows = tuple(
-                Row(**{**row, "technique": decode(row["technique"], classes), "reads": tuple(row["reads"])}) for row in data["rows"]
+                Row(**{**row, "technique": decode(row["technique"], classes), "reads": tuple(row["reads"])})
+                for row in data["rows"]
             )
-            rest = {f.name: data[f.name] for f in dataclasses.fields(cls) if f.name not in ("rows", "edges", "flow", "groups")}
-            return cls(
+            scalars = ("fixed_ms", "fixed_bytes", "source", "loss_name", "target", "notes")
+            rest = {name: data[name] for name in scalars}
+            found = cls(
                 rows=rows,
                 edges=tuple(EdgeRow(**edge) for edge in data["edges"]),
                 flow=tuple(Edge(**edge) for edge in data["flow"]),
                 groups=tuple(map(tuple, data["groups"])),
                 **rest,
             )
-        except (KeyError, TypeError) as error:
+            numbers = [found.fixed_ms, found.fixed_bytes, *(edge.ms for edge in found.edges)]
+            numbers += [value for row in found.rows for value in (row.loss, row.ms, row.bytes)]
+            strange = next((value for value in numbers if not isinstance(value, (int, float))), None)
+            if strange is not None:
+                raise TypeError(f"{strange!r} is not a number")
+        except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"the profile is garbled: {error}; profile again") from None
+        return found
 
     def save(self, path: str | Path) -> Path:
         """Write readable JSON under a temporary name, then rename."""
@@ -204,27 +225,34 @@ def measure(
     record = bench.net.record
     sites = _selected(record.sites, patterns)
     options, refused = _options(sites, techniques, bench.target)
-    if not any(not option.is_float for rows in options.values() for option in rows):
-        reasons = "; ".join(dict.fromkeys(f"{row.technique}: {row.refused}" for row in refused)) or "no technique was given"
+    if not any(option.technique != Float() for rows in options.values() for option in rows):
+        reasons = "; ".join(dict.fromkeys(f"{row.technique}: {row.refused}" for row in refused))
+        reasons = reasons or (
+            "no technique was given" if sites else f"no site of {', '.join(patterns)} computes with numbers"
+        )
         raise ValueError(f"not one site can change on {bench.target.name}: {reasons}")
     losses = _losses(bench, options, sensitivity)
     flow = tuple(record.edges())
     table = _costs(bench, options, flow)
-    base_bytes = float(bench.artifact(Plan()).bytes)
+    base = bench.artifact(Plan())
+    energy = bench.target.energy(base)
+    watts = None if energy is None else energy / table.whole_float_ms
     weights = {name: site.parameter_bytes for name, site in record.sites.items()}
-    rows = tuple(
-        Row(
+
+    def row(site: str, option: Option) -> Row:
+        ms = table.sites[site, option.technique]
+        return Row(
             site,
             option.technique,
             losses[site, option.technique],
-            table.sites[site, option.technique],
+            ms,
             option.technique.bits(record.sites[site]) / 8,
+            None if watts is None else watts * ms,
             reads=option.reads,
             writes=option.writes,
         )
-        for site, choices in options.items()
-        for option in choices
-    )
+
+    rows = tuple(row(site, option) for site, choices in options.items() for option in choices)
     edges = tuple(
         EdgeRow(edge.producer, edge.consumer, edge.operand, produced, consumed, ms)
         for (edge, produced, consumed), ms in table.edges.items()
@@ -240,7 +268,7 @@ def measure(
         edges,
         flow,
         table.fixed,
-        max(base_bytes - sum(weights[site] for site in options), 0.0),
+        max(base.bytes - sum(weights[site] for site in options), 0.0),
         bench.target.source,
         sensitivity.__name__.replace("_", " "),
         bench.target.name,
@@ -311,15 +339,18 @@ def _losses(
                 missing.append(pair)
             else:
                 losses[pair] = float(found)
-    bench.progress.start(f"what {len(losses)} of {len(losses) + len(missing)} sites lose is known; measuring", len(missing))
-    if missing:
-        formats = [
+    if not missing:
+        return losses
+    bench.progress.start(f"measuring what {len(missing)} of {len(keys)} choices lose", len(missing))
+    sites = bench.net.record.sites
+    bench.ranges(
+        [
             (operand.tensor, fmt)
             for site, technique in missing
-            for operand, fmt in zip(bench.net.record.sites[site].operands, technique.reads(bench.net.record.sites[site]), strict=True)
-            if fmt is not None
+            for operand, fmt in zip(sites[site].operands, technique.reads(sites[site]), strict=True)
+            if fmt is not None and not operand.constant
         ]
-        bench.ranges(formats)
+    )
     for pair, loss in zip(missing, sensitivity(bench.model, bench.task, missing, bench.simulate), strict=True):
         losses[pair] = float(loss)
         bench.store.put("sensitivity", keys[pair], float(loss))
@@ -348,6 +379,8 @@ def _costs(bench: Bench, options: Mapping[str, Sequence[Option]], flow: Sequence
     for edge in flow:
         shape = record.sites[edge.consumer].operands[edge.operand]
         for produced, consumed in costs.meeting(edge, options):
-            edges[edge, produced, consumed] = bench.target.conversion_cost(round(shape.numel * factor), produced, consumed) or 0.0
+            edges[edge, produced, consumed] = (
+                bench.target.conversion_cost(round(shape.numel * factor), produced, consumed) or 0.0
+            )
     whole = fixed + sum(known[site, Float()] for site in options)
     return Costs(known, edges, fixed, 0.0, 0, whole, whole)

@@ -47,14 +47,18 @@ def quantize(
     chosen: dict[str, Technique] = {}
     reasons: dict[str, None] = {}
     for name, site in net.record.sites.items():
+        if name in left:
+            continue
         verdict = technique.fits(site)
         if verdict:
             verdict = target.supports(technique, site)
-        if verdict and name not in left:
+        if verdict:
             chosen[name] = technique
         elif isinstance(verdict, No):
             reasons[f"{site.kind}: {verdict}"] = None
     plan = target.adapt(Plan(chosen), net.record)
     if not plan.sites:
-        raise ValueError(f"{technique} changes not one site on {target.name}: {'; '.join(reasons) or 'all are excluded'}")
+        raise ValueError(
+            f"{technique} changes not one site on {target.name}: {'; '.join(reasons) or 'all are excluded'}"
+        )
     return build(net, plan, calibration, seed=seed)

@@ -33,6 +33,8 @@ def report(
     plan_time: Timing | None = None,
     float_bytes: int | None = None,
     plan_bytes: int | None = None,
+    float_mj: float | None = None,
+    plan_mj: float | None = None,
     float_sites: SiteTimes | None = None,
     plan_sites: SiteTimes | None = None,
     sites: Mapping[str, Site] | None = None,
@@ -59,6 +61,8 @@ def report(
         drop=_drop(drop, evaluation),
         float_ms=_timing(float_time),
         plan_ms=_timing(plan_time),
+        float_mj=_energy(float_mj, profile.source),
+        plan_mj=_energy(plan_mj, profile.source),
         float_bytes=float_bytes,
         plan_bytes=plan_bytes,
         loss_name=profile.loss_name,
@@ -99,6 +103,10 @@ def _timing(timing: Timing | None) -> Measure | None:
     if timing is None:
         return None
     return Measure(timing.ms, timing.spread, n=len(timing.samples), unit="ms", source=timing.source)
+
+
+def _energy(mj: float | None, source: str) -> Measure | None:
+    return None if mj is None else Measure(mj, unit="mJ", source=source)
 
 
 def _frontier(result: Result | None) -> tuple[FrontierPoint, ...]:
@@ -160,7 +168,7 @@ def _row(
     offered = [row for row in rows if not row.refused and row.technique != Float()]
     same = next((row for row in offered if type(row.technique) is type(technique)), None)
     # what a float site would have lost is worth as much as what a changed one loses
-    loss = (same or (min(offered, key=lambda r: r.loss) if offered else None))
+    loss = same or min(offered, key=lambda r: r.loss, default=None)
     refused = next((row.refused for row in rows if row.refused), "") if not offered else ""
     return SiteRow(
         site=name,
@@ -185,6 +193,9 @@ def _notes(
     notes = []
     if not any(technique != Float() for technique in plan.sites.values()):
         notes.append("no site was changed: within the budget, nothing measured better than float")
+    if check is not None and check.failing:
+        names = [site.site for site in check.failing]
+        notes.append(f"run and simulation differ at {', '.join(names[:5])}{' and others' if len(names) > 5 else ''}")
     if check is not None and check.unrealised:
         notes.append(f"{len(check.unrealised)} sites did not run as asked; the table gives the reason of each")
     for label, times in (("float", float_sites), ("plan", plan_sites)):
@@ -195,7 +206,7 @@ def _notes(
             )
     if "fit error" in profile.notes and profile.notes.get("probes") != "0":
         notes.append(
-            f"predicted times: fitted on {profile.notes['probes']} timed plans, median error {float(profile.notes['fit error']):.1%} "
-            "on those"
+            f"predicted times: fitted on {profile.notes['probes']} timed plans, "
+            f"median error {float(profile.notes['fit error']):.1%} on those"
         )
     return notes

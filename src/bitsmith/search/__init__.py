@@ -25,16 +25,7 @@ def search(
     Raises ``ValueError`` for a question that the profile cannot answer, :class:`BudgetError` if no plan meets the
     budget.
     """
-    limits = budget.limits
-    if minimize is None:
-        if set(limits) != {"drop"}:
-            raise ValueError(
-                f"say what to minimize: minimize='ms', 'mib', 'mj' or 'drop' (the limits are {', '.join(limits)}; "
-                "only with drop as the single limit it is 'ms' by itself)"
-            )
-        minimize = "ms"
-    if minimize not in QUANTITIES:
-        raise ValueError(f"minimize={minimize!r}: must be one of {', '.join(QUANTITIES)}")
+    minimize = objective(budget, minimize)
     _check_changeable(profile)
     wants_mj = minimize == "mj" or budget.mj is not None
     without = next((row for row in profile.rows if not row.refused and row.mj is None), None)
@@ -49,6 +40,20 @@ def search(
             "Pass evaluate=bitsmith.evaluator(model, task, target), or limit ms, mib or mj only"
         )
     return method.search(profile, budget, minimize, evaluate, progress)
+
+
+def objective(budget: Budget, minimize: str | None) -> str:
+    """What is minimized: ``minimize``, or ``ms`` if it is left out and ``drop`` is the only limit; else an error."""
+    if minimize is None:
+        if set(budget.limits) != {"drop"}:
+            raise ValueError(
+                "say what to minimize: minimize='ms', 'mib', 'mj' or 'drop' (the limits are "
+                f"{', '.join(budget.limits)}; only with drop as the single limit it is 'ms' by itself)"
+            )
+        return "ms"
+    if minimize not in QUANTITIES:
+        raise ValueError(f"minimize={minimize!r}: must be one of {', '.join(QUANTITIES)}")
+    return minimize
 
 
 def _check_changeable(profile: Profile) -> None:

@@ -1,0 +1,232 @@
+"""What a stored measurement depends on: each thing that changes a figure makes it be measured again."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import bitsmith as bs
+from bitsmith.bench import Bench
+from bitsmith.testing import MockTarget
+from smallnet import Batch, Small, batches, small, task
+
+SOURCE = '''
+from dataclasses import dataclass
+import torch
+import bitsmith as bs
+
+@dataclass(frozen=True)
+class Rounded(bs.Technique):
+    """Weights rounded to a step."""
+    step: float = 0.5
+
+    def fits(self, site):
+        return site.kind == "conv2d" or bs.No("convolutions only")
+
+    def build(self, site, record, rng):
+        return RoundedCell(site, self.step)
+
+class RoundedCell(bs.Cell):
+    def __init__(self, site, step):
+        super().__init__(site)
+        self.step_size = step
+
+    def forward(self, x, weight, **rest):
+        return self.op(x, torch.round(weight / self.step_size) * self.step_size, **rest)
+'''
+
+
+def imported(path: Path, source: str) -> ModuleType:
+    """A module from a file that was just written."""
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    exec(compile(source, str(path), "exec"), module.__dict__)
+    return module
+
+
+@pytest.fixture
+def rounded(tmp_path: Path) -> Any:
+    """Writes the technique's file and gives its class; forgets the module afterwards."""
+    yield lambda source: imported(tmp_path / "rounded_of_test_bench.py", source).Rounded()
+    sys.modules.pop("rounded_of_test_bench", None)
+
+
+def count(store: bs.Store, kind: str) -> int:
+    return len(store.rows(kind))
+
+
+def profiled(store: bs.Store, technique: bs.Technique, model: nn.Module | None = None, **changes: Any) -> bs.Profile:
+    return bs.profile(model or small(), task(**changes), [technique], MockTarget(), store=store)
+
+
+def test_one_line_of_a_technique_makes_its_rows_be_measured_again(rounded: Callable[[str], bs.Technique]) -> None:
+    with bs.Store(None) as store:
+        first = profiled(store, rounded(SOURCE))
+        assert count(store, "sensitivity") == 3
+        profiled(store, rounded(SOURCE))
+        assert count(store, "sensitivity") == 3
+        assert profiled(store, rounded(SOURCE)).rows[1].loss == first.rows[1].loss
+        edited = SOURCE.replace("torch.round(", "torch.floor(")
+        again = profiled(store, rounded(edited))
+        assert count(store, "sensitivity") == 6
+        assert again.rows[1].loss > first.rows[1].loss
+
+
+def test_a_techniques_field_makes_its_rows_be_measured_again() -> None:
+    with bs.Store(None) as store:
+        for technique, expected in ((bs.Int(8, 8), 6), (bs.Int(8, 8, range=bs.Range("mse")), 12), (bs.Int(8, 8), 12)):
+            profiled(store, technique)
+            assert count(store, "sensitivity") == expected
+
+
+def test_moving_a_techniques_file_changes_nothing(tmp_path: Path) -> None:
+    name = "moved_of_test_bench"
+    try:
+        with bs.Store(None) as store:
+            for folder in ("here", "there"):
+                (tmp_path / folder).mkdir()
+                profiled(store, imported(tmp_path / folder / f"{name}.py", SOURCE).Rounded())
+            assert count(store, "sensitivity") == 3
+    finally:
+        sys.modules.pop(name, None)
+
+
+def one_weight(model: Small, data: list[Batch]) -> None:
+    with torch.no_grad():
+        model.left.weight[0, 0, 0, 0] = torch.nextafter(model.left.weight[0, 0, 0, 0], torch.tensor(9.0))
+
+
+def one_statistic(model: Small, data: list[Batch]) -> None:
+    model.norm.running_mean[0] += 1e-6  # type: ignore[index]
+
+
+def an_argument(model: Small, data: list[Batch]) -> None:
+    model.norm.eps = 2e-5
+
+
+def the_order(model: Small, data: list[Batch]) -> None:
+    x, y = data[0]
+    data[0] = x[[1, 0, *range(2, len(x))]], y[[1, 0, *range(2, len(y))]]
+
+
+def one_pixel(model: Small, data: list[Batch]) -> None:
+    data[1][0][3, 0, 0, 0] += 1e-3
+
+
+CHANGES = [one_weight, one_statistic, an_argument, the_order, one_pixel]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_weights_arguments_and_calibration_data(change: Callable[[Small, list[Batch]], None]) -> None:
+    with bs.Store(None) as store:
+        profiled(store, bs.Int(8, 8))
+        rows, ranges, times = (count(store, kind) for kind in ("sensitivity", "range", "time"))
+        assert min(rows, ranges, times) > 0
+        profiled(store, bs.Int(8, 8))
+        assert (rows, ranges, times) == tuple(count(store, kind) for kind in ("sensitivity", "range", "time"))
+        model, data = small(), batches(2, seed=2)
+        change(model, data)
+        profiled(store, bs.Int(8, 8), model, calibration=data)
+        assert count(store, "sensitivity") == 2 * rows
+        assert count(store, "range") == 2 * ranges
+        assert count(store, "time") == 2 * times
+
+
+def test_the_models_own_code() -> None:
+    class Other(Small):
+        """Computes another thing with the same weights, sites and shapes: a constant factor is no site."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * 0.5
+
+    other = Other()
+    other.load_state_dict(small().state_dict())
+    with bs.Store(None) as store:
+        keys = [Bench.open(m, task(), MockTarget(), store=store).model_key for m in (small(), other.eval())]
+    assert keys[0]["state"] == keys[1]["state"]
+    assert keys[0]["code"] != keys[1]["code"]
+
+
+def half_right(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return 0.5 * (output.argmax(1) == target)
+
+
+def all_right(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return 1.0 * (output.argmax(1) == target)
+
+
+def second_half(model: Any, x: torch.Tensor) -> Any:
+    return model(x.flip(0)).flip(0)
+
+
+def scored(store: bs.Store, **changes: Any) -> float:
+    got = bs.evaluator(small(), task(**changes), MockTarget(), store=store)(bs.Plan()).metric
+    assert got is not None
+    return got
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"metric": half_right},
+        {"metric": bs.metrics.Metric("right", all_right)},
+        {"metric": bs.metrics.Metric("all_right", all_right, lower=True)},
+        {"validation": batches(4, seed=5)},
+        {"forward": second_half},
+    ],
+    ids=["source", "name", "direction", "data", "forward"],
+)
+def test_the_metric_the_data_and_how_the_model_is_run(changes: dict[str, Any]) -> None:
+    with bs.Store(None) as store:
+        scored(store, metric=all_right)
+        scored(store, metric=all_right)
+        assert count(store, "accuracy") == 1
+        scored(store, **{"metric": all_right, **changes})
+        assert count(store, "accuracy") == 2
+
+
+@pytest.mark.parametrize(
+    ("target", "batch"),
+    [(MockTarget(seed=1), 1), (MockTarget(noise=0.1), 1), (MockTarget(), 2)],
+    ids=["seed", "noise", "batch"],
+)
+def test_times_depend_on_the_targets_settings_and_the_batch(target: MockTarget, batch: int) -> None:
+    with bs.Store(None) as store:
+        for given, size, expected in ((MockTarget(), 1, 1), (MockTarget(), 1, 1), (target, batch, 2)):
+            bs.evaluator(small(), task(), given, store=store, batch=size)(bs.Plan())
+            assert count(store, "time") == expected
+
+
+def test_ranges_of_two_formats_of_one_tensor_are_collected_together() -> None:
+    with bs.Store(None) as store:
+        first = Bench.open(small(), task(), MockTarget(), store=store)
+        plain, fine = bs.Format(8), bs.Format(8, range=bs.Range("mse"))
+        first.ranges([("stem", fine), ("stem", plain)])
+        found = first.net.record.statistics["stem"]
+        assert found.histogram is not None
+        second = Bench.open(small(), task(), MockTarget(), store=store)
+        second.ranges([("stem", fine)])
+        assert store.hits == 1
+        assert second.net.record.statistics["stem"].to_json() == found.to_json()
+
+
+def test_a_store_given_as_a_path_is_closed_and_its_folder_of_artifacts_removed(tmp_path: Path) -> None:
+    bench = Bench.open(small(), task(), MockTarget(), store=tmp_path / "runs.db")
+    path, store = bench.artifact(bs.Plan()).path, bench.store
+    assert path.exists()
+    del bench
+    assert not path.exists()
+    with pytest.raises(bs.StoreError, match="closed"):
+        store.rows("time")
