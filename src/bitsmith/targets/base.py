@@ -69,7 +69,10 @@ class Timing:
         return (high - low) / 2
 
     def __str__(self) -> str:
-        return f"{self.ms:.3f} +- {self.spread:.3f} ms ({self.source}, batch {self.batch}, {self.threads} threads, n={len(self.samples)})"
+        return (
+            f"{self.ms:.3f} +- {self.spread:.3f} ms ({self.source}, "
+            f"batch {self.batch}, {self.threads} threads, n={len(self.samples)})"
+        )
 
 
 @dataclass(frozen=True)
@@ -99,8 +102,8 @@ class Artifact:
 
     ``nodes``: site -> names of its nodes in the file. ``values``: tensor name -> name of the value in the file (the
     float value, behind its DequantizeLinear if it is quantized). ``inputs``: (name, shape, dtype) as the file has them.
-    Only of a target that computes its times: ``costs``, ms per batch by site, and by ``tensor|format`` for a conversion;
-    ``precisions``, by site.
+    Only of a target that computes its times: ``costs``, ms per batch by site, and by ``tensor|format`` for a
+    conversion; ``precisions``, by site.
     """
 
     path: Path
@@ -144,7 +147,13 @@ class Artifact:
 
     def save(self) -> Path:
         """Write the map beside the file."""
-        data = {**asdict(self), "path": self.path.name, "schema": ARTIFACT_SCHEMA, "kind": "bitsmith.artifact", "sha256": self.digest()}
+        data = {
+            **asdict(self),
+            "path": self.path.name,
+            "schema": ARTIFACT_SCHEMA,
+            "kind": "bitsmith.artifact",
+            "sha256": self.digest(),
+        }
         text = json.dumps(data, indent=1) + "\n"
         return atomic_write(self.sidecar, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
@@ -162,7 +171,10 @@ class Artifact:
         if not isinstance(data, dict) or data.get("kind") != "bitsmith.artifact":
             raise ArtifactError(f"{sidecar} does not describe a Bitsmith artifact")
         if data.get("schema") != ARTIFACT_SCHEMA:
-            raise ArtifactError(f"{sidecar}: schema {data.get('schema')!r}, this version reads {ARTIFACT_SCHEMA}; pip install -U bitsmith")
+            raise ArtifactError(
+                f"{sidecar}: schema {data.get('schema')!r}, this version reads {ARTIFACT_SCHEMA}; "
+                "a newer Bitsmith wrote it: pip install -U bitsmith"
+            )
         try:
             artifact = cls(
                 path=path,
@@ -183,7 +195,9 @@ class Artifact:
         if not path.exists():
             raise ArtifactError(f"{path} is missing beside its map; export again")
         if artifact.digest() != data.get("sha256"):
-            raise ArtifactError(f"{path} is not the file that was exported (its content differs: corrupted or cut off); export again")
+            raise ArtifactError(
+                f"{path} is not the file that was exported (its content differs: corrupted or cut off); export again"
+            )
         return artifact
 
 

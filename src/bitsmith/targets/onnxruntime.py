@@ -7,7 +7,6 @@ import functools
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from ..site import Format, Record, Site
 from ..store import machine_key
 from ..technique import No, Technique
 from ..techniques.int_ import Int
+from ._cpu import batch_of, checked, described, integer_refusal, interleaved, sample_inputs, values_of
 from ._onnxruntime_graph import Owners, realised
 from .base import Array, Artifact, ArtifactError, Realised, SiteTimes, Source, Target, Timing
 
@@ -79,19 +79,9 @@ class OnnxRuntime(Target):
             return True
         if form != "dialect":
             return No(f"ONNX Runtime has no operation {form!r}")
-        if site.weight is not None and _weight_bits(technique, site) < 8:
-            return No(
-                "size only: ONNX Runtime has no kernel for weights below 8 bits, it dequantizes them at every run"
-            )
-        formats = [f for f, o in zip(technique.reads(site), site.operands, strict=True) if o in site.activations]
-        if not all(formats):
-            return No("size only: with float activations the weights are dequantized at every run")
-        if any(f is not None and f.bits != 8 for f in formats):
-            return No("integer kernels read 8-bit activations only")
-        if isinstance(technique, Int) and technique.granularity == "group":
-            return No("size only: integer kernels take one weight scale per channel or per tensor")
-        if isinstance(technique, Int) and technique.affine_weights:
-            return No("integer kernels take symmetric weights")
+        refusal = integer_refusal(technique, site, "ONNX Runtime")
+        if refusal is not None:
+            return refusal
         if site.kind not in ALWAYS | NEED_OUTPUT:
             return No(f"ONNX Runtime has no integer kernel for {site.kind}")
         refusal = _shape_refusal(site)
@@ -150,7 +140,7 @@ class OnnxRuntime(Target):
         model = named(onnxruntime_form(model))
         nodes, values = site_map(model, sites)
         path = atomic_write(path, lambda temporary: onnx.save(model, str(temporary)))
-        inputs = tuple(_described(value) for value in model.graph.input)
+        inputs = described(model)
         artifact = Artifact(
             path=path,
             format="onnx",
@@ -158,7 +148,7 @@ class OnnxRuntime(Target):
             values=values,
             inputs=inputs,
             outputs=tuple(value.name for value in model.graph.output),
-            batch=batch or next((shape[0] for _, shape, _ in inputs if shape), 1),
+            batch=batch or batch_of(inputs),
             target=self.name,
             plan=plan.to_json(),
             versions=_versions(),
@@ -172,47 +162,26 @@ class OnnxRuntime(Target):
         A value that is asked for becomes a graph output, which keeps the runtime from fusing across it: values behind
         a quantizer leave the integer kernels as they are, others (``conv`` before its ReLU) can turn them to float.
         """
-        unknown = [name for name in tensors if name not in artifact.values]
-        if unknown:
-            raise ArtifactError(f"{artifact.path} has no value for the tensors {', '.join(unknown)}")
-        session = _session(artifact.path, artifact.digest(), self, tuple(artifact.values[name] for name in tensors))
-        feed = self._feed(artifact, inputs)
-        wanted = [artifact.values[name] for name in tensors] or list(artifact.outputs)
+        values = values_of(artifact, tensors)
+        session = _session(artifact.path, artifact.digest(), self, values)
+        feed = _feed(artifact, checked(artifact, inputs))
+        wanted = values or artifact.outputs
         found: dict[str, Array] = {}
         produced = [name for name in dict.fromkeys(wanted) if name not in feed]
         if produced:
             found = dict(zip(produced, session.run(produced, feed), strict=True))
         return [np.asarray(found[name] if name in found else feed[name]) for name in wanted]
 
-    def _feed(self, artifact: Artifact, inputs: Sequence[Array]) -> dict[str, Array]:
-        if len(inputs) != len(artifact.inputs):
-            raise ValueError(f"{artifact.path} takes {len(artifact.inputs)} inputs, got {len(inputs)}")
-        feed = {}
-        for (name, shape, dtype), array in zip(artifact.inputs, inputs, strict=True):
-            if tuple(array.shape) != shape:
-                raise ValueError(f"input {name!r} of {artifact.path} has shape {shape}, got {tuple(array.shape)}")
-            feed[name] = np.ascontiguousarray(array, dtype=np.dtype(dtype))
-        return feed
-
     # -- times -----------------------------------------------------------------------------------------------------
 
     def measure(self, artifacts: Sequence[Artifact], rounds: int = 30) -> list[Timing]:
-        """Each round runs every artifact twice in turn and times the second run: the first refills its caches."""
-        if rounds < 1:
-            raise ValueError(f"measure(rounds={rounds}): must be 1 or more")
-        sessions = [self._open(artifact.path) for artifact in artifacts]
-        feeds = [_sample_inputs(artifact) for artifact in artifacts]
-        samples: list[list[float]] = [[] for _ in artifacts]
-        for index in range(rounds + 2):
-            for session, feed, times in zip(sessions, feeds, samples, strict=True):
-                session.run(None, feed)
-                start = time.perf_counter()
-                session.run(None, feed)
-                if index >= 2:
-                    times.append((time.perf_counter() - start) * 1e3)
+        runs = []
+        for artifact in artifacts:
+            session, feed = self._open(artifact.path), _feed(artifact, sample_inputs(artifact))
+            runs.append(functools.partial(session.run, None, feed))
         return [
-            Timing(tuple(times), artifact.batch, self.threads, self.source)
-            for times, artifact in zip(samples, artifacts, strict=True)
+            Timing(times, artifact.batch, self.threads, self.source)
+            for times, artifact in zip(interleaved(runs, rounds), artifacts, strict=True)
         ]
 
     def inspect(self, artifact: Artifact) -> Mapping[str, Realised]:
@@ -234,7 +203,7 @@ class OnnxRuntime(Target):
         with tempfile.TemporaryDirectory() as folder:
             optimized = Path(folder) / "optimized.onnx"
             session = self._open(artifact.path, optimized=optimized, profile=Path(folder) / "profile")
-            feed = _sample_inputs(artifact)
+            feed = _feed(artifact, sample_inputs(artifact))
             for _ in range(rounds + 2):
                 session.run(None, feed)
             events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
@@ -310,11 +279,8 @@ def _session(path: Path, digest: str, target: OnnxRuntime, values: tuple[str, ..
     return target._open(model.SerializeToString())
 
 
-def _weight_bits(technique: Technique, site: Site) -> float:
-    """Bits per weight; a stranger's scales cannot be told from its weights, so 7.5 and more counts as 8."""
-    if isinstance(technique, Int):
-        return technique.w
-    return round(technique.bits(site) / (site.parameter_bytes / 4))
+def _feed(artifact: Artifact, arrays: Sequence[Array]) -> dict[str, Array]:
+    return {name: array for (name, _, _), array in zip(artifact.inputs, arrays, strict=True)}
 
 
 def _needs_output(site: Site) -> bool:
@@ -340,25 +306,6 @@ def _shape_refusal(site: Site) -> No | None:
     if site.kind in ("add", "mul", "matmul") and len(site.activations) < 2:
         return No(f"{site.kind} with a constant operand is computed in float")
     return None
-
-
-def _described(value: onnx.ValueInfoProto) -> tuple[str, tuple[int, ...], str]:
-    import onnx
-
-    kind = value.type.tensor_type
-    shape = tuple(int(axis.dim_value) for axis in kind.shape.dim)
-    return value.name, shape, str(np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)))
-
-
-def _sample_inputs(artifact: Artifact) -> dict[str, Array]:
-    """Inputs to time with: normal numbers, zeros for integers (valid as indices)."""
-    generator = np.random.default_rng(0)
-    return {
-        name: generator.standard_normal(shape).astype(dtype)
-        if np.issubdtype(np.dtype(dtype), np.floating)
-        else np.zeros(shape, dtype)
-        for name, shape, dtype in artifact.inputs
-    }
 
 
 def _node_times(events: Sequence[Mapping[str, Any]], rounds: int) -> dict[tuple[str, str], float]:

@@ -7,7 +7,6 @@ import functools
 import re
 import statistics
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +19,14 @@ from .._files import check_writable
 from ..export.names import site_names
 from ..export.onnx import site_map, to_onnx
 from ..export.program import applied_program
+from ..model.apply import is_applied, plan_of
 from ..plan import Plan
 from ..site import Record, Site
 from ..store import machine_key
 from ..technique import No, Technique
 from ..techniques.float_ import Float
 from ..techniques.int_ import Int
+from ._cpu import batch_of, checked, described, integer_refusal, interleaved, sample_inputs, values_of
 from ._openvino_graph import Owners, check_precision, compressed_sites, executed, realised
 from .base import Array, Artifact, ArtifactError, Realised, SiteTimes, Source, Target, TargetError, Timing
 
@@ -89,18 +90,8 @@ class OpenVino(Target):
             )
         if site.kind not in AFFINE | SYMMETRIC:
             return No(f"OpenVINO has no integer kernel for {site.kind}")
-        if site.weight is not None and _weight_bits(technique, site) < 8:
-            return No("size only: OpenVINO's integer kernels take 8-bit weights, it expands smaller ones to float")
-        formats = [f for f, o in zip(technique.reads(site), site.operands, strict=True) if o in site.activations]
-        if not all(formats):
-            return No("size only: with float activations the products are computed in float")
-        if any(f is not None and f.bits != 8 for f in formats):
-            return No("integer kernels read 8-bit activations only")
-        if isinstance(technique, Int) and technique.granularity == "group":
-            return No("size only: integer kernels take one weight scale per channel or per tensor")
-        if isinstance(technique, Int) and technique.affine_weights:
-            return No("integer kernels take symmetric weights")
-        refusal = _shape_refusal(site)
+        refusal = integer_refusal(technique, site, "OpenVINO")
+        refusal = _shape_refusal(site) if refusal is None else refusal
         return True if refusal is None else refusal
 
     def adapt(self, plan: Plan, record: Record) -> Plan:
@@ -144,32 +135,38 @@ class OpenVino(Target):
 
     def export(self, net: nn.Module, path: str | Path, example: Any, batch: int | None = None) -> Artifact:
         """Write ``net`` as OpenVINO's ``.xml`` and, beside it, its weights (``.bin``) and its map."""
+        program, _ = applied_program(net, example, batch)
+        return self.write(to_onnx(program), path, site_names(net), plan_of(net) if is_applied(net) else Plan())
+
+    def write(
+        self, model: onnx.ModelProto, path: str | Path, sites: Sequence[str], plan: Plan, batch: int | None = None
+    ) -> Artifact:
+        """Read a graph into OpenVINO and save it, its weights and its map."""
         openvino = _openvino()
-        path = Path(path)
+        path, exported = Path(path), model
         if path.suffix != ".xml":
             raise ValueError(
                 f"{path}: OpenVINO reads a network from an .xml file and its weights from the .bin beside it"
             )
-        program, _ = applied_program(net, example, batch)
-        exported = to_onnx(program)
-        nodes, values = site_map(exported, site_names(net))
-        model = openvino.Core().read_model(exported.SerializeToString())
-        _name_operations(model, exported)
+        nodes, values = site_map(exported, sites)
+        network = openvino.Core().read_model(exported.SerializeToString())
+        _name_operations(network, exported)
         check_writable(path.parent)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-            openvino.save_model(model, str(Path(folder) / path.name), compress_to_fp16=False)
+            openvino.save_model(network, str(Path(folder) / path.name), compress_to_fp16=False)
             for suffix in (".bin", ".xml"):
                 (Path(folder) / path.name).with_suffix(suffix).replace(path.with_suffix(suffix))
-        inputs = tuple(_described(value) for value in exported.graph.input)
+        inputs = described(exported)
         artifact = Artifact(
             path=path,
             format="openvino",
-            nodes=_layers(model, nodes),
+            nodes=_layers(network, nodes),
             values=values,
             inputs=inputs,
             outputs=tuple(value.name for value in exported.graph.output),
-            batch=next((shape[0] for _, shape, _ in inputs if shape), 1),
+            batch=batch or batch_of(inputs),
             target=self.name,
+            plan=plan.to_json(),
             versions=_versions(),
         )
         artifact.save()
@@ -181,44 +178,24 @@ class OpenVino(Target):
         A value that is asked for becomes a result, which keeps the runtime from fusing across it: values behind a
         quantizer leave the integer kernels as they are, others (``conv`` before its ReLU) can turn them to float.
         """
-        unknown = [name for name in tensors if name not in artifact.values]
-        if unknown:
-            raise ArtifactError(f"{artifact.path} has no value for the tensors {', '.join(unknown)}")
-        wanted = [artifact.values[name] for name in tensors] or list(artifact.outputs)
+        values = values_of(artifact, tensors)
         fed = [name for name, _, _ in artifact.inputs]
-        compiled = _compiled(artifact.path, artifact.digest(), self, tuple(artifact.values[name] for name in tensors))
-        arrays = self._arrays(artifact, inputs)
+        compiled = _compiled(artifact.path, artifact.digest(), self, values)
+        arrays = checked(artifact, inputs)
         found = compiled.create_infer_request().infer(arrays)
-        return [np.array(arrays[fed.index(name)] if name in fed else found[compiled.output(name)]) for name in wanted]
-
-    def _arrays(self, artifact: Artifact, inputs: Sequence[Array]) -> list[Array]:
-        if len(inputs) != len(artifact.inputs):
-            raise ValueError(f"{artifact.path} takes {len(artifact.inputs)} inputs, got {len(inputs)}")
-        arrays = []
-        for (name, shape, dtype), array in zip(artifact.inputs, inputs, strict=True):
-            if tuple(array.shape) != shape:
-                raise ValueError(f"input {name!r} of {artifact.path} has shape {shape}, got {tuple(array.shape)}")
-            arrays.append(np.ascontiguousarray(array, dtype=np.dtype(dtype)))
-        return arrays
+        return [
+            np.array(arrays[fed.index(name)] if name in fed else found[compiled.output(name)])
+            for name in values or artifact.outputs
+        ]
 
     # -- times -----------------------------------------------------------------------------------------------------
 
     def measure(self, artifacts: Sequence[Artifact], rounds: int = 30) -> list[Timing]:
-        """Each round runs every artifact twice in turn and times the second run: the first refills its caches."""
-        if rounds < 1:
-            raise ValueError(f"measure(rounds={rounds}): must be 1 or more")
         requests = [_request(self._open(artifact.path), artifact) for artifact in artifacts]
-        samples: list[list[float]] = [[] for _ in artifacts]
-        for index in range(rounds + 2):
-            for request, times in zip(requests, samples, strict=True):
-                request.infer(share_outputs=True)
-                start = time.perf_counter()
-                request.infer(share_outputs=True)
-                if index >= 2:
-                    times.append((time.perf_counter() - start) * 1e3)
+        runs = [functools.partial(request.infer, share_outputs=True) for request in requests]
         return [
-            Timing(tuple(times), artifact.batch, self.threads, self.source)
-            for times, artifact in zip(samples, artifacts, strict=True)
+            Timing(times, artifact.batch, self.threads, self.source)
+            for times, artifact in zip(interleaved(runs, rounds), artifacts, strict=True)
         ]
 
     def inspect(self, artifact: Artifact) -> Mapping[str, Realised]:
@@ -330,21 +307,10 @@ def _openvino() -> Any:
 
 
 def _request(compiled: ov.CompiledModel, artifact: Artifact) -> ov.InferRequest:
-    """A request with inputs to time with: normal numbers, zeros for integers (valid as indices)."""
-    generator = np.random.default_rng(0)
     request = compiled.create_infer_request()
-    for index, (_, shape, dtype) in enumerate(artifact.inputs):
-        floating = np.issubdtype(np.dtype(dtype), np.floating)
-        array = generator.standard_normal(shape).astype(dtype) if floating else np.zeros(shape, dtype)
+    for index, array in enumerate(sample_inputs(artifact)):
         request.set_input_tensor(index, _openvino().Tensor(array))
     return request
-
-
-def _weight_bits(technique: Technique, site: Site) -> float:
-    """Bits per weight; a stranger's scales cannot be told from its weights, so 7.5 and more counts as 8."""
-    if isinstance(technique, Int):
-        return technique.w
-    return round(technique.bits(site) / (site.parameter_bytes / 4))
 
 
 def _needs_symmetric(site: Site) -> bool:
@@ -412,14 +378,6 @@ def _layers(model: ov.Model, nodes: Mapping[str, Sequence[str]]) -> dict[str, tu
         if known:
             found[owner[known]].append(name)
     return {site: tuple(names) for site, names in found.items()}
-
-
-def _described(value: onnx.ValueInfoProto) -> tuple[str, tuple[int, ...], str]:
-    import onnx
-
-    kind = value.type.tensor_type
-    shape = tuple(int(axis.dim_value) for axis in kind.shape.dim)
-    return value.name, shape, str(np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)))
 
 
 def _versions() -> dict[str, str]:

@@ -1,0 +1,104 @@
+"""What the runtimes on a CPU share: what an integer kernel takes, arrays of an artifact, interleaved timing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..site import Site
+from ..technique import No, Technique
+from ..techniques.int_ import Int
+from .base import Array, Artifact, ArtifactError
+
+if TYPE_CHECKING:
+    import onnx
+
+
+def integer_refusal(technique: Technique, site: Site, runtime: str) -> No | None:
+    """Why no int8 kernel of a CPU runtime takes that technique, whatever the operation; None if it may."""
+    if site.weight is not None and weight_bits(technique, site) < 8:
+        return No(f"size only: {runtime} has no kernel for weights below 8 bits, it expands them to float")
+    formats = [f for f, o in zip(technique.reads(site), site.operands, strict=True) if o in site.activations]
+    if not all(formats):
+        return No(f"size only: with float activations {runtime} computes in float")
+    if any(f is not None and f.bits != 8 for f in formats):
+        return No("integer kernels read 8-bit activations only")
+    if isinstance(technique, Int) and technique.granularity == "group":
+        return No("size only: integer kernels take one weight scale per channel or per tensor")
+    if isinstance(technique, Int) and technique.affine_weights:
+        return No("integer kernels take symmetric weights")
+    return None
+
+
+def weight_bits(technique: Technique, site: Site) -> float:
+    """Bits per weight; a stranger's scales cannot be told from its weights, so 7.5 and more counts as 8."""
+    if isinstance(technique, Int):
+        return technique.w
+    return round(technique.bits(site) / (site.parameter_bytes / 4))
+
+
+def described(model: onnx.ModelProto) -> tuple[tuple[str, tuple[int, ...], str], ...]:
+    """(name, shape, dtype) of every graph input."""
+    import onnx
+
+    found = []
+    for value in model.graph.input:
+        kind = value.type.tensor_type
+        shape = tuple(int(axis.dim_value) for axis in kind.shape.dim)
+        found.append((value.name, shape, str(np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)))))
+    return tuple(found)
+
+
+def batch_of(inputs: Sequence[tuple[str, tuple[int, ...], str]]) -> int:
+    """The first size of the first input that has one."""
+    return next((shape[0] for _, shape, _ in inputs if shape), 1)
+
+
+def checked(artifact: Artifact, inputs: Sequence[Array]) -> list[Array]:
+    """The inputs as the artifact wants them; another number or shape is an error."""
+    if len(inputs) != len(artifact.inputs):
+        raise ValueError(f"{artifact.path} takes {len(artifact.inputs)} inputs, got {len(inputs)}")
+    arrays = []
+    for (name, shape, dtype), array in zip(artifact.inputs, inputs, strict=True):
+        if tuple(array.shape) != shape:
+            raise ValueError(f"input {name!r} of {artifact.path} has shape {shape}, got {tuple(array.shape)}")
+        arrays.append(np.ascontiguousarray(array, dtype=np.dtype(dtype)))
+    return arrays
+
+
+def sample_inputs(artifact: Artifact) -> list[Array]:
+    """Inputs to time with: normal numbers, zeros for integers (valid as indices)."""
+    generator = np.random.default_rng(0)
+    return [
+        generator.standard_normal(shape).astype(dtype)
+        if np.issubdtype(np.dtype(dtype), np.floating)
+        else np.zeros(shape, dtype)
+        for _, shape, dtype in artifact.inputs
+    ]
+
+
+def values_of(artifact: Artifact, tensors: Sequence[str]) -> tuple[str, ...]:
+    """The file's names of the tensors; an unknown one is an error."""
+    unknown = [name for name in tensors if name not in artifact.values]
+    if unknown:
+        raise ArtifactError(f"{artifact.path} has no value for the tensors {', '.join(unknown)}")
+    return tuple(artifact.values[name] for name in tensors)
+
+
+def interleaved(runs: Sequence[Callable[[], Any]], rounds: int) -> list[tuple[float, ...]]:
+    """ms of each run in each round. A round calls every run twice in turn and times the second: the first refills its
+    caches. Two rounds warm up."""
+    if rounds < 1:
+        raise ValueError(f"measure(rounds={rounds}): must be 1 or more")
+    samples: list[list[float]] = [[] for _ in runs]
+    for index in range(rounds + 2):
+        for run, times in zip(runs, samples, strict=True):
+            run()
+            start = time.perf_counter()
+            run()
+            if index >= 2:
+                times.append((time.perf_counter() - start) * 1e3)
+    return [tuple(times) for times in samples]
