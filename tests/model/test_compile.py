@@ -149,7 +149,11 @@ def test_graph_break_falls_back() -> None:
     with torch.no_grad():
         expected = net(x)
         assert not torch.equal(expected, model(x))
-        assert torch.equal(torch.compile(net, backend="eager")(x), expected)
+        with pytest.warns(RuntimeWarning, match="runs in eager mode"):
+            assert torch.equal(torch.compile(net, backend="eager")(x), expected)
+        torch._dynamo.reset()
+        with pytest.raises(torch._dynamo.exc.TorchDynamoException):
+            torch.compile(net, backend="eager", fullgraph=True)(x)
 
 
 @pytest.mark.parametrize("name", CASES)

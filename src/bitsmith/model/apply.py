@@ -189,7 +189,6 @@ def build(
     replica = duplicate(net.model)
     additions = Additions()
     generator = torch.Generator().manual_seed(seed)
-    training = replica.training
     for tensor, fmt in placement.tensors:
         additions.tensors[tensor_key(tensor, fmt)] = quantizer(record, tensor, fmt)
     for site in record.sites.values():
@@ -203,8 +202,7 @@ def build(
             _attach(planned, record.sites[name], placement, additions, replica, computer)
     computer.settle(_share(placement, additions))
     instrument(replica, computer, net.modules)
-    replica.add_module(CHILD, additions)
-    replica.train(training)
+    replica.add_module(CHILD, additions.train(replica.training))
     _freeze_unread(replica, record, additions)
     return replica
 

@@ -12,6 +12,7 @@ import inspect
 import sys
 import threading
 import types
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
@@ -158,6 +159,13 @@ def run_root(
     interceptor: Interceptor, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
     """One top-level forward under the mode."""
+    if not torch.compiler.is_compiling() and sys._getframe(1).f_code is not _FORWARD:
+        warnings.warn(
+            "torch.compile broke the graph inside a network that carries a plan: the whole of it runs in eager mode, "
+            "with the same result (torch.compile(net, fullgraph=True) says what broke it)",
+            RuntimeWarning,
+            stacklevel=3,
+        )
     modes = _modes()
     if not modes or modes[-1].interceptor is not interceptor:  # else the model calls itself
         interceptor.handler.begin()
@@ -181,6 +189,18 @@ def _root_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
+_FORWARD = next(c for c in _root_forward.__code__.co_consts if isinstance(c, types.CodeType))
+
+
+def _skip_pieces() -> None:
+    """Keep Dynamo from compiling pieces of a network whose graph it broke: they would pass the mode twice."""
+    try:
+        from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
+    except ImportError:  # private to torch; without it a call in a piece is an error, never a wrong name
+        return
+    set_code_exec_strategy(run_root.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
+
+
 def _module_forward(original: Callable[..., Any], path: str) -> Callable[..., Any]:
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -199,6 +219,7 @@ def instrument(model: nn.Module, handler: Handler, modules: tuple[str, ...] = ()
     Raises ``InterceptionError`` for TorchScript modules: their operations run in C++ and cannot be seen.
     """
     interceptor = Interceptor(handler)
+    _skip_pieces()
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             where = f"the submodule {path!r}" if path else "the model"
