@@ -85,7 +85,8 @@ def test_the_reader_of_imports_sees_them(tmp_path: Path) -> None:
     path = ROOT / "model" / "imaginary.py"
     code = (
         "from ..plan import Plan\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import onnx\n"
-        "def f():\n    from ..targets import base\n    import openvino as ov\nfrom .. import metrics\nfrom .flow import x\n"
+        "def f():\n    from ..targets import base\n    import openvino as ov\n"
+        "from .. import metrics\nfrom .flow import x\n"
     )
     found = [name for _, name in imported_from(code, path)]
     assert found == [

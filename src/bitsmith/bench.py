@@ -9,7 +9,7 @@ import functools
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -235,22 +235,14 @@ class Bench:
             "rounds": rounds,
         }
 
-    def times(
-        self, plans: Sequence[Plan], rounds: int = 60, exported: Callable[[], None] = lambda: None
-    ) -> list[Timing]:
-        """Latency of adapted plans, interleaved in one run. Stored as one measurement: they belong together.
-
-        ``exported`` is called after each export, if it comes to that.
-        """
+    def times(self, plans: Sequence[Plan], rounds: int = 60) -> list[Timing]:
+        """Latency of adapted plans, interleaved in one run. Stored as one measurement: they belong together."""
 
         def measure() -> list[dict[str, Any]]:
-            artifacts = []
-            for plan in plans:
-                artifacts.append(self.artifact(plan))
-                exported()
+            timings = self.target.measure([self.artifact(plan) for plan in plans], rounds)
             return [
                 {"samples": list(t.samples), "batch": t.batch, "threads": t.threads, "source": t.source}
-                for t in self.target.measure(artifacts, rounds)
+                for t in timings
             ]
 
         found = self.store.get_or("time", self.time_key(plans, rounds), measure)
