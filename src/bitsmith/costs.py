@@ -35,7 +35,7 @@ FLOAT = "float"
 _GOLDEN = 5**0.5 / 2 - 0.5
 """Multiples of it, modulo 1, are evenly spread however many are taken."""
 
-_MIXED, _FEWEST = 48, 12
+_MIXED, _FEWEST = 32, 12
 _EXPORT_S, _TIMING_S = 60.0, 40.0
 """Beyond ``_FEWEST`` mixed probes are exported for so long; rounds of timing take about so long on a quiet machine."""
 
