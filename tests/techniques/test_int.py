@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from bitsmith.model.apply import apply, computer_of, materialised
+from bitsmith.model.calibrate import CalibrationError
 from bitsmith.model.network import sites
 from bitsmith.plan import Plan
 from bitsmith.site import Format, Range, Site
@@ -73,14 +74,20 @@ def test_linear_is_the_plain_equation(
     torch.manual_seed(seed)
     model, x = nn.Sequential(nn.Linear(12, 5)).eval(), torch.randn(7, 12)
     group = 4 if granularity == "group" else 0
+    signed = signed or symmetric  # the data has both signs
     technique = Int(w, a, symmetric, signed, affine, granularity, group)
     net = apply(model, Plan({"0": technique}), [(x, None)])
     inputs = x.double().numpy() if a is None else tensor_grid(x, a, signed, symmetric)
     weight = weight_grid(model[0].weight, w, affine, granularity, group)
-    expected = inputs @ weight.T + model[0].bias.detach().double().numpy()
+    bias = model[0].bias.detach().double().numpy()
+    cell = computer_of(net).cells["0"]
+    if a is not None and not group:  # a 32-bit integer, as the runtimes hold it
+        unit = cell.weight_scale.double().numpy() * float(cell.quantizers[0].scale)
+        bias = np.round(bias / unit) * unit
+    expected = inputs @ weight.T + bias
     with torch.no_grad():
         # one input level more or less, at most, where a tie falls on the other side
-        step = 0.0 if a is None else np.abs(weight).max() * float(computer_of(net).cells["0"].quantizers[0].scale)
+        step = 0.0 if a is None else np.abs(weight).max() * float(cell.quantizers[0].scale)
         close(net(x), expected, step + 2e-5 * np.abs(expected).max() + 1e-5)
 
 
@@ -109,10 +116,18 @@ def test_every_range_choice(method: Any, out: Format | None) -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(12, 5)).eval(), torch.randn(64, 12)
     chosen = Range(method, 99.9)
-    net = apply(model, Plan({"0": Int(8, 8, range=chosen, weight_range=chosen, out=out)}), [(x, None)])
+    granularity: Any = "tensor" if method == "entropy" else "channel"
+    technique = Int(8, 8, range=chosen, weight_range=chosen, granularity=granularity, out=out)
+    net = apply(model, Plan({"0": technique}), [(x, None)])
     with torch.no_grad():
         error = (net(x) - model(x)).square().mean() / model(x).square().mean()
     assert 0 < float(error) < 5e-3
+
+
+def test_a_format_that_cannot_hold_the_tensor_names_it() -> None:
+    model, x = nn.Sequential(nn.Linear(12, 5)).eval(), torch.randn(64, 12)
+    with pytest.raises(CalibrationError, match=r"'@input', seen from -\d.*unsigned"):
+        apply(model, Plan({"0": Int(8, 8, symmetric=True)}), [(x, None)])
 
 
 def test_output_format_is_on_its_grid() -> None:
@@ -329,6 +344,7 @@ def test_gradient_is_straight_through() -> None:
         (lambda: Int(8, 8, granularity="row"), "granularity"),
         (lambda: Int(8, 8, granularity="group"), "go together"),
         (lambda: Int(8, 8, group=4), "go together"),
+        (lambda: Int(8, 8, weight_range=Range("entropy")), "granularity='tensor'"),
     ],
 )
 def test_impossible_options(make: Callable[[], Int], message: str) -> None:

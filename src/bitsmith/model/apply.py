@@ -15,7 +15,7 @@ from ..numerics.ranges import limits, qparams
 from ..plan import Plan
 from ..site import Format, Record, Site
 from ..technique import Cell
-from .calibrate import calibrate, check_weights
+from .calibrate import CalibrationError, calibrate, check_weights
 from .flow import replaced, tensors
 from .formats import Placement, place
 from .intercept import CHILD, InterceptionError, instrument
@@ -208,9 +208,12 @@ def build(
 
 
 def quantizer(record: Record, tensor: str, fmt: Format) -> Quantizer:
-    """The quantizer of one tensor from its statistics."""
+    """The quantizer of one tensor from its statistics. Raises ``CalibrationError`` where the format cannot hold it."""
     low, high = limits(record.statistics[tensor], fmt)
-    scale, zero_point = qparams(low, high, fmt)
+    try:
+        scale, zero_point = qparams(low, high, fmt)
+    except ValueError as error:
+        raise CalibrationError(f"the tensor {tensor!r}, seen from {low:.6g} to {high:.6g}: {error}") from None
     return Quantizer(fmt, scale, zero_point)
 
 

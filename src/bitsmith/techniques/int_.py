@@ -57,6 +57,8 @@ class Int(Technique):
             raise ValueError(f"Int(granularity={self.granularity!r}): must be 'tensor', 'channel' or 'group'")
         if (self.granularity == "group") != (self.group > 0):
             raise ValueError("Int: granularity='group' and group=N (above 0) go together")
+        if self.weight_range.method == "entropy" and self.granularity != "tensor":
+            raise ValueError("Int: weight_range=Range('entropy') needs granularity='tensor': a channel has few weights")
 
     def __repr__(self) -> str:
         changed = [
