@@ -6,6 +6,7 @@ import builtins
 import html
 import json
 import os
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,16 @@ def test_a_file_of_a_newer_version(
     path.write_text("[1, 2]")
     with pytest.raises(error, match="not a Bitsmith"):
         read(path)
+
+
+def test_a_store_of_a_newer_version(saved: Path, tmp_path: Path) -> None:
+    path = tmp_path / "runs.db"
+    path.write_bytes((saved / "runs.db").read_bytes())
+    with sqlite3.connect(path) as database:
+        database.execute("PRAGMA user_version = 99")
+    database.close()
+    with pytest.raises(bs.StoreError, match=r"schema 99.* pip install -U bitsmith"):
+        bs.optimize(small(), task(), MockTarget(), BUDGET, store=path)
 
 
 def test_a_damaged_store_stops_the_job_before_it_starts(saved: Path, tmp_path: Path) -> None:
