@@ -188,6 +188,7 @@ _SYNONYMS: dict[str, str] = {
     "mat2": "other",
     "axis": "dim",
     "keepdims": "keepdim",
+    "src": "source",
     "x1": "input",
     "x2": "other",
 }

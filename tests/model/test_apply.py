@@ -529,3 +529,70 @@ def test_calibration_that_takes_another_branch() -> None:
         assert materialised(net, lambda n: n(*no))(*no).shape == (2, 6)
     with pytest.raises(UnknownSiteError):
         apply(model, plan, [(no, None), (yes, None)])
+
+
+def test_quantizers_that_are_shared_forget_between_forwards() -> None:
+    """Memory under the input may be rewritten behind torch's back (a NumPy buffer): the next forward must see it."""
+    torch.manual_seed(0)
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) + self.b(x)
+
+    array = torch.randn(4, 6).numpy()
+    x = torch.from_numpy(array)
+    net = apply(Two().eval(), Plan(dict.fromkeys(["a", "b"], Int(8, 8))), [(x, None)])
+    (shared,) = (part for part in computer_of(net).resets if part.shared)
+    assert shared is computer_of(net).cells["a"].quantizers[0] is computer_of(net).cells["b"].quantizers[0]
+    with torch.no_grad():
+        before = net(x)
+        array *= 0.5
+        after = net(x)
+        assert not torch.equal(before, after)
+        assert torch.equal(after, net(x.clone()))
+        other = copy.deepcopy(net)
+        assert computer_of(other).resets[0] is computer_of(other).cells["a"].quantizers[0]
+
+
+def test_cells_are_reset_once_for_each_top_level_forward() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Counted(Technique):
+        """Counts its resets."""
+
+        def fits(self, site: Site) -> bool | No:
+            return True
+
+        def build(self, site: Site, record: Record, rng: torch.Generator) -> Cell:
+            return _Counted(site)
+
+    class Recursive(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor, depth: int = 2) -> Tensor:
+            return self(self.a(x), depth - 1) if depth else self.a(x)
+
+    x = torch.randn(2, 6)
+    net = apply(Recursive().eval(), Plan({"a": Counted()}), [(x, None)])
+    cell = computer_of(net).cells["a"]
+    net(x)
+    net(x)
+    assert (cell.resets, cell.calls) == (2, 6)
+
+
+class _Counted(Cell):
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self.resets = self.calls = 0
+
+    def reset(self) -> None:
+        self.resets += 1
+
+    def forward(self, *operands: Any, **rest: Any) -> Any:
+        self.calls += 1
+        return self.op(*operands, **rest)

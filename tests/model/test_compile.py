@@ -75,7 +75,11 @@ class Loop(nn.Module):
 CASES: dict[str, tuple[Callable[[], nn.Module], Tensor, tuple[str, ...] | None]] = {
     "residual": (Residual, torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), None),
     "one of three additions": (Twice, torch.randn(4, 6, generator=torch.Generator().manual_seed(0)), (":add.1",)),
-    "two of three additions": (Twice, torch.randn(4, 6, generator=torch.Generator().manual_seed(0)), (":add", ":add.2")),
+    "two of three additions": (
+        Twice,
+        torch.randn(4, 6, generator=torch.Generator().manual_seed(0)),
+        (":add", ":add.2"),
+    ),
     "loop": (Loop, torch.randn(3, 2, 6, generator=torch.Generator().manual_seed(0)), ("rec", ":add.1")),
 }
 

@@ -71,11 +71,6 @@ class _Computer(Names):
         self.busy = frozenset({*plan.sites, *self.writes})
         self.watch(self.busy)
 
-    def settle(self, shared: Iterable[Quantizer]) -> None:
-        """What ``begin`` resets: only what has something to forget. ``shared``: quantizers that several cells read."""
-        cells = [cell for cell in self.cells.values() if isinstance(cell, Cell) and type(cell).reset is not Cell.reset]
-        self.resets = (*cells, *shared)
-
     def fold(self, name: str, module: nn.Module) -> None:
         """The normalisation at site ``name`` is absorbed by its producer while ``module`` is in eval."""
         self.folded[name] = module
@@ -200,7 +195,7 @@ def build(
         planned = additions.cells[encode_key(name)]
         if isinstance(planned, Cell):
             _attach(planned, record.sites[name], placement, additions, replica, computer)
-    computer.settle(_share(placement, additions))
+    computer.resets = (*_share(placement, additions), *_forgetful(additions))
     instrument(replica, computer, net.modules)
     replica.add_module(CHILD, additions.train(replica.training))
     _freeze_unread(replica, record, additions)
@@ -288,6 +283,11 @@ def _share(placement: Placement, additions: Additions) -> list[Quantizer]:
             found.shared = True
             shared.append(found)
     return shared
+
+
+def _forgetful(additions: Additions) -> list[Cell]:
+    """The cells that have something to forget between forwards."""
+    return [cell for cell in additions.cells.values() if isinstance(cell, Cell) and type(cell).reset is not Cell.reset]
 
 
 def _prepare(net: Network, plan: Plan, calibration: Any) -> Network:

@@ -78,8 +78,8 @@ class _Observer(Names):
             self.statistics[tensor].update(value)
         except NonFiniteError as error:
             raise CalibrationError(
-                f"the tensor {tensor!r} holds {error} on the calibration data; the model must be finite in float before "
-                "it can be quantized (check its weights and the scaling of its inputs)"
+                f"the tensor {tensor!r} holds {error} on the calibration data; the model must be finite in float "
+                "before it can be quantized (check its weights and the scaling of its inputs)"
             ) from None
 
 

@@ -91,8 +91,8 @@ class Locator:
                 return None
             recorded = ", ".join(self.places[path, kind, i] for i in known.values())
             raise InterceptionError(
-                f"a call of {kind!r} in module {path or '(root)'!r} at {intercept.where()} was not seen while recording, "
-                f"where {kind!r} was called at {recorded}; record with an example (and mode) that takes this branch too"
+                f"a call of {kind!r} in module {path or '(root)'!r} at {intercept.where()} was not seen while "
+                f"recording, where {kind!r} was called at {recorded}; record with an example (and mode) that takes this branch too"
             )
         return self.names.get((path, kind, index))
 
@@ -108,6 +108,6 @@ class Locator:
         if order < len(sequence) and sequence[order][0] == kind:
             return self.names.get((path, kind, sequence[order][1]))
         raise InterceptionError(
-            f"under torch.compile the calls of module {path or '(root)'!r} come in another order than recorded: call {order} "
-            f"is {kind!r}, recorded was {sequence[order : order + 1]}; run this module in eager mode"
+            f"under torch.compile the calls of module {path or '(root)'!r} come in another order than recorded: "
+            f"call {order} is {kind!r}, recorded was {sequence[order : order + 1]}; run this module in eager mode"
         )

@@ -393,7 +393,8 @@ class _Assembly:
             None if tensor is None else tensor.detach()
             for tensor in (module.running_mean, module.running_var, module.weight, module.bias)
         )
-        assert mean is not None and variance is not None  # _fold requires them
+        assert mean is not None  # _fold requires both
+        assert variance is not None
         return mean, variance, gamma, beta, fold.eps
 
     def _operand(self, name: str, index: int, slot: _Slot) -> Operand:

@@ -44,8 +44,8 @@ class Int(Technique):
     affine_weights: bool = False
     granularity: Granularity = "channel"
     group: int = 0
-    range: Range = Range()
-    weight_range: Range = Range()
+    range: Range = Range()  # noqa: RUF009  (frozen)
+    weight_range: Range = Range()  # noqa: RUF009
     out: Format | None = None
 
     def __post_init__(self) -> None:
