@@ -56,8 +56,8 @@ def trained() -> Net:
     return net.eval()
 
 
-def everything(model: nn.Module, x: Any, technique: Technique = Int(8, 8)) -> Plan:
-    return Plan({name: technique for name, site in sites(model, x).items() if site.role == "integer"})
+def everything(model: nn.Module, x: Any, technique: Technique | None = None) -> Plan:
+    return Plan({name: technique or Int(8, 8) for name, site in sites(model, x).items() if site.role == "integer"})
 
 
 @pytest.fixture

@@ -92,7 +92,8 @@ class Locator:
             recorded = ", ".join(self.places[path, kind, i] for i in known.values())
             raise InterceptionError(
                 f"a call of {kind!r} in module {path or '(root)'!r} at {intercept.where()} was not seen while "
-                f"recording, where {kind!r} was called at {recorded}; record with an example (and mode) that takes this branch too"
+                f"recording, where {kind!r} was called at {recorded}; record with an example (and mode) that takes "
+                "this branch too"
             )
         return self.names.get((path, kind, index))
 
