@@ -56,7 +56,9 @@ class Plan:
                 seen.add(name)
             techniques = {self.sites.get(name) for name in group}
             if len(techniques) > 1:
-                raise PlanError(f"the sites {', '.join(group)} share one decision, but the plan gives them different techniques")
+                raise PlanError(
+                    f"the sites {', '.join(group)} share one decision, but the plan gives them different techniques"
+                )
 
     def __getitem__(self, name: str) -> Technique:
         return self.sites[name]
@@ -98,7 +100,8 @@ class Plan:
 
     def cite(self) -> tuple[str, ...]:
         """The sources of everything in the plan, each once."""
-        return tuple(dict.fromkeys(part.cite() for part in (*self.prepare, *self.sites.values())))
+        parts: tuple[Step | Technique, ...] = (*self.prepare, *self.sites.values())
+        return tuple(dict.fromkeys(part.cite() for part in parts))
 
     def digest(self) -> str:
         """SHA-256 of the canonical JSON, in hex."""
@@ -161,7 +164,9 @@ def encode(value: Any) -> Any:
         return {str(key): encode(item) for key, item in value.items()}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise PlanError(f"{value!r} ({type(value).__name__}) cannot be written to a plan: use numbers, strings and frozen dataclasses")
+    raise PlanError(
+        f"{value!r} ({type(value).__name__}) cannot be written to a plan: use numbers, strings and frozen dataclasses"
+    )
 
 
 def decode(data: Any, classes: Mapping[str, type]) -> Any:
@@ -194,12 +199,14 @@ def known_classes(extra: Sequence[type]) -> dict[str, type]:
     """Built-in techniques and steps (the package's own subclasses), the data types they hold, and the given ones."""
 
     def descend(base: type) -> Iterator[type]:
-        for child in base.__subclasses__():
+        children: list[type] = base.__subclasses__()
+        for child in children:
             yield child
             yield from descend(child)
 
     classes: dict[str, type] = {"Format": Format, "Range": Range}
-    for base in (Technique, Step):
+    bases: tuple[type, ...] = (Technique, Step)
+    for base in bases:
         for child in descend(base):
             if child.__module__.partition(".")[0] == __name__.partition(".")[0] and dataclasses.is_dataclass(child):
                 classes[child.__name__] = child

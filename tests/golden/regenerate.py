@@ -1,4 +1,4 @@
-"""Golden numbers: what each runtime gives for one tiny int8 network. Rewritten by ``python tests/golden/regenerate.py``.
+"""Golden numbers: what each runtime gives for one tiny int8 network. Run this file to write them again.
 
 Rewrite them only when a change of the numbers is meant, and say in the commit which and why.
 """
