@@ -18,6 +18,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.fx import _symbolic_trace
+from torch.fx.experimental import proxy_tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
@@ -261,6 +263,8 @@ def _boundaries() -> frozenset[types.CodeType]:
 
 _BOUNDARIES = _boundaries()
 _BOUNDARY_IDS = frozenset(map(id, _BOUNDARIES))  # hashing a code object reads all of it
+# the files of the frames between a module's forward and its caller's: torch.export puts its own in between
+_CALLING = frozenset((nn.Module._call_impl.__code__.co_filename, _symbolic_trace.__file__, proxy_tensor.__file__))
 _OWN = _Mode.__torch_function__.__code__
 _REENTRANT = CheckpointFunction.forward.__code__
 
@@ -295,8 +299,11 @@ def _packed(range: Iterable[int | None]) -> int:
     return packed
 
 
-def position() -> Position:
-    """Where in the executing module's forward the current call is: code and instruction of every frame up to it."""
+def position(outer: bool = False) -> Position:
+    """Where in the executing module's forward the current call is: code and instruction of every frame up to it.
+
+    ``outer``: and where in the caller's forward the module was called.
+    """
     frame: types.FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code is not _OWN:
         frame = frame.f_back
@@ -304,14 +311,16 @@ def position() -> Position:
     while frame is not None and frame.f_code.co_filename in _DISPATCH:
         frame = frame.f_back
     found: list[tuple[int, int]] = []
-    while frame is not None and id(frame.f_code) not in _BOUNDARY_IDS:
-        found.append(_place(frame.f_code, frame.f_lasti))
-        frame = frame.f_back
+    for _ in range(2 if outer else 1):
+        while frame is not None and frame.f_code.co_filename in _CALLING:
+            frame = frame.f_back
+        while frame is not None and id(frame.f_code) not in _BOUNDARY_IDS:
+            found.append(_place(frame.f_code, frame.f_lasti))
+            frame = frame.f_back
     return tuple(found)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def compiled_position() -> Position | None:
+def compiled_position(outer: bool = False) -> Position | None:
     """The same while Dynamo traces, from its own frames; None if this torch does not show them."""
     try:
         from torch._dynamo.symbolic_convert import InstructionTranslator
@@ -323,13 +332,20 @@ def compiled_position() -> Position | None:
         while frame is not None and frame.f_code.co_filename in _DISPATCH:
             frame = frame.parent
         found: list[tuple[int, int]] = []
-        while frame is not None and id(frame.f_code) not in _BOUNDARY_IDS:
-            at = frame.current_instruction.positions
-            found.append((id(frame.f_code), _packed((at.lineno, at.end_lineno, at.col_offset, at.end_col_offset))))
-            frame = frame.parent
+        for _ in range(2 if outer else 1):
+            while frame is not None and frame.f_code.co_filename in _CALLING:
+                frame = frame.parent
+            while frame is not None and id(frame.f_code) not in _BOUNDARY_IDS:
+                at = frame.current_instruction.positions
+                found.append((id(frame.f_code), _packed((at.lineno, at.end_lineno, at.col_offset, at.end_col_offset))))
+                frame = frame.parent
         return tuple(found)
     except (ImportError, AttributeError):  # private to torch
         return None
+
+
+# what torch.compiler.assume_constant_result does, which would import Dynamo (over a second) here
+compiled_position._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def where() -> str:

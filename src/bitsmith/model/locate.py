@@ -22,13 +22,15 @@ class Locator:
 
     ``positions``: per (path, kind), position -> index by first appearance. ``names``: (path, kind, index) -> name.
     ``sequences``: per path, the recorded (kind, index) of one execution, for compiled replay, where no frame exists.
-    ``places``: file and line of each, for messages.
+    ``places``: file and line of each, for messages. ``stateless``: paths of modules without parameters, buffers and
+    children. One such module (a ReLU) often serves at several places of its caller: each place is a site.
     """
 
     positions: dict[tuple[str, str], dict[Position, int]] = field(default_factory=dict)
     names: dict[tuple[str, str, int], str] = field(default_factory=dict)
     sequences: dict[str, list[tuple[str, int]]] = field(default_factory=dict)
     places: dict[tuple[str, str, int], str] = field(default_factory=dict)
+    stateless: frozenset[str] = frozenset()
 
     def enter(self, path: str, kind: str, computes: bool) -> int:
         """The index of the current call while recording; a new position gets the next index.
@@ -36,7 +38,7 @@ class Locator:
         ``computes=False``: bookkeeping (a scalar beside a tensor, constants), remembered as ``NOT_A_SITE``.
         """
         known = self.positions.setdefault((path, kind), {})
-        here = intercept.position()
+        here = intercept.position(outer=path in self.stateless)
         index = known.get(here, NOT_A_SITE)
         if index == NOT_A_SITE and computes:
             index = sum(i != NOT_A_SITE for i in known.values())
@@ -80,11 +82,11 @@ class Locator:
             return None
         known = self.positions[path, kind]
         if torch.compiler.is_dynamo_compiling():
-            here = intercept.compiled_position()
+            here = intercept.compiled_position(outer=path in self.stateless)
             if here is None:
                 return self._by_order(scope, kind, known, order)
         else:
-            here = intercept.position()
+            here = intercept.position(outer=path in self.stateless)
         index = known.get(here)
         if index is None:
             if not operation.on_tensors(args, kwargs):

@@ -76,11 +76,20 @@ def _record(
     model: nn.Module, inputs: Any, forward: Forward | None, inside: Callable[[str], bool], modules: tuple[str, ...]
 ) -> Network:
     replica = duplicate(model)
-    locator = Locator()
+    locator = Locator(stateless=_stateless(replica))
     recorder = Recorder(replica, locator, inside)
     instrument(replica, recorder, modules)
     found = record(replica, recorder, lambda: call(replica, inputs, forward), input_names(model, inputs))
     return Network(model, found, locator, forward, modules=modules, example=inputs)
+
+
+def _stateless(model: nn.Module) -> frozenset[str]:
+    """Paths of modules that hold nothing: no parameter, buffer or child."""
+    return frozenset(
+        path
+        for path, module in model.named_modules()
+        if path and not (module._parameters or module._buffers or module._modules)
+    )
 
 
 def duplicate(model: nn.Module) -> nn.Module:
