@@ -137,14 +137,18 @@ def judge(
     )
     rank = correlation(predicted, measured)
     notes = {name: float(text.split()[0]) for name, text in profile.notes.items()}
-    drift = whole.ms / notes["float, whole"]
-    steady = float(np.median(np.abs(np.array(predicted) * drift - measured) / measured))
+    # relative to the float plan and by lower quartiles: what is left when other work disturbs the measurement
+    low = np.array([float(np.quantile(t.samples, 0.25)) for t in timings])
+    foretold = np.array(predicted) / profile.predict(bs.Plan())["ms"]
+    calm = float(np.median(np.abs(foretold * low[0] / low[1:] - 1.0)))
+    disturbed = float(np.median(measured / low[1:]))
     figures = {
         "median error": error,
         "control: error of predicting the mean": control,
         "rank correlation": rank,
         "control: odd against even rounds": halves,
-        "median error, scaled by the float plan's drift since learning": steady,
+        "median error of lower quartiles relative to the float plan's": calm,
+        "disturbance: median over lower quartile (quiet: 1.0)": disturbed,
         "worst error": float(errors.max()),
         "learning, s": learned_s,
         "probes": int(notes["probes"]),

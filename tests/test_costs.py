@@ -332,3 +332,25 @@ class Drifting(MockTarget):
 
 def options_by_site(bench: Bench) -> Mapping[str, Sequence[Option]]:
     return options_of([name for name, site in bench.net.record.sites.items() if site.kind == "conv2d"], INT)
+
+
+@dataclasses.dataclass(frozen=True)
+class Disturbed(MockTarget):
+    """Other work doubles the time of two rounds in three."""
+
+    def measure(self, artifacts: Any, rounds: int = 30) -> list[Any]:
+        return [
+            dataclasses.replace(t, samples=tuple(ms if i % 3 == 0 else 2.0 * ms for i, ms in enumerate(t.samples)))
+            for t in super().measure(artifacts, rounds)
+        ]
+
+
+def test_other_work_on_the_machine_is_kept_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(costs, "_EXPORT_S", 0.0)
+    quiet = opened(MockTarget())
+    true = quiet.times([bs.Plan()])[0].ms
+    disturbed = opened(Disturbed())
+    assert disturbed.times([bs.Plan()])[0].ms == pytest.approx(2 * true)
+    profile = measure(disturbed, [INT], no_losses)
+    assert profile.predict(bs.Plan())["ms"] == pytest.approx(true, rel=0.06)
+    assert statistics.median(relative_errors(quiet, profile, seed=5)) < 0.06

@@ -39,6 +39,9 @@ _MIXED, _FEWEST = 32, 12
 _EXPORT_S, _TIMING_S = 60.0, 40.0
 """Beyond ``_FEWEST`` mixed probes are exported for so long; rounds of timing take about so long on a quiet machine."""
 
+_CALM = 1.05
+"""On a quiet machine the median of the rounds lies above their lower quartile by less than that."""
+
 _OPEN_BYTES = 2**30
 """Files of about so many bytes together, had they float weights, are open at a time."""
 
@@ -167,7 +170,8 @@ def _wholes(bench: Bench, plans: Sequence[Plan], float_ms: float) -> list[float]
     """The whole time of each plan in ms, the float plan first; as many at a time as memory allows.
 
     Other work on the machine only ever adds time, so plans are compared by their lower quartiles, which it moves
-    least, in parts each beside the float plan; the level common to all is that of the medians.
+    least, in parts each beside the float plan. The level common to all is that of the medians, unless they lie so far
+    above that other work must have put them there.
     """
     rounds = max(10, min(60, int(_TIMING_S * 1e3 / (2 * float_ms * len(plans)))))
     size = sum(tensor.nbytes for tensor in bench.model.state_dict().values())
@@ -178,7 +182,7 @@ def _wholes(bench: Bench, plans: Sequence[Plan], float_ms: float) -> list[float]
         reference, *others = (float(np.quantile(timing.samples, 0.25)) for timing in timings)
         ratios += [ms / reference for ms in others]
         above = (t.ms / ms for t, ms in zip(timings, [reference, *others], strict=True))
-        levels.append(reference * statistics.median(above))
+        levels.append(reference * min(statistics.median(above), _CALM))
     return [statistics.median(levels) * ratio for ratio in ratios]
 
 
