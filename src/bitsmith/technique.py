@@ -104,6 +104,9 @@ class Cell(nn.Module):
     folds: bool = False
     """Whether it absorbs a batch normalisation behind it in eval (it then computes with ``self.norm``)."""
 
+    fresh: ClassVar[bool] = False
+    """Whether what it returns is always a new tensor that nothing else holds: it may then be quantized in place."""
+
     def __init__(self, site: Site) -> None:
         super().__init__()
         self.site = site.name
@@ -116,7 +119,10 @@ class Cell(nn.Module):
         self.norm: tuple[nn.Module, ...] = ()
 
     def attach(
-        self, quantizers: tuple[TensorQuantizer | None, ...], at_read: tuple[bool, ...], norm: tuple[nn.Module, ...] = ()
+        self,
+        quantizers: tuple[TensorQuantizer | None, ...],
+        at_read: tuple[bool, ...],
+        norm: tuple[nn.Module, ...] = (),
     ) -> None:
         """Hand over the quantizers of the operands' tensors, and which of them this cell must apply itself.
 

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.ao.quantization.fx._decomposed  # registers the operations
+
+from ..numerics import dialect
 
 
 def translations(opset: int) -> Mapping[Callable[..., Any], Callable[..., Any]]:
@@ -18,6 +19,7 @@ def translations(opset: int) -> Mapping[Callable[..., Any], Callable[..., Any]]:
     import onnx_ir as ir
     from onnxscript import opset20, opset21
 
+    dialect.load()
     op: Any = opset21 if opset >= 21 else opset20
 
     def parameters(scale: Any, zero_point: Any, dtype: Any) -> tuple[Any, Any]:

@@ -61,6 +61,8 @@ class _Computer(Names):
         self.folded: dict[str, nn.Module] = {}
         self.bypassed = False
         self.resets: tuple[Any, ...] = ()
+        # the site that alone feeds a normalisation or a ReLU
+        self.heads = {member: site.name for site in net.record.sites.values() for member in site.epilogue}
         for name in net.record.sites:
             self.cells[name] = additions.cells[encode_key(name)]
         for (name, index), (tensor, fmt) in placement.writes.items():
@@ -91,16 +93,18 @@ class _Computer(Names):
     def compute(self, name: str, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         operation = call.operation
         norm = self.folded.get(name)
-        if norm is not None and not norm.training and not self.bypassed:
-            return self._written(name, operation.bind(args, kwargs)["input"])
+        if not self.bypassed and ((norm is not None and not norm.training) or self._rectified(name)):
+            target = operation.target(call.function, args, kwargs)
+            return self._written(name, operation.bind(args, kwargs)["input"], target, self._fresh(self.heads[name]))
         cell = self.cells[name]
         computed = isinstance(cell, Cell) and not self.bypassed
         target = operation.target(call.function, args, kwargs)
         if not computed and (target is None or name not in self.writes):
-            return self._written(name, call.run(*args, **kwargs) if self.bypassed else cell(call.run, args, kwargs))
+            output = call.run(*args, **kwargs) if self.bypassed else cell(call.run, args, kwargs)
+            return self._written(name, output, fresh=self._fresh(name))
         if target is None:
             operands, rest = operation.split(args, kwargs)
-            return self._written(name, cell(*operands, **rest))
+            return self._written(name, cell(*operands, **rest), fresh=self._fresh(name))
         return self._in_place(name, call, args, kwargs, target, cell if computed else None)
 
     def _in_place(
@@ -122,6 +126,18 @@ class _Computer(Names):
             operands = tuple(x.clone() if x is target else x for x in operands)
         return self._written(name, (cell or call.operation.compute)(*operands, **rest), target)
 
+    def _fresh(self, name: str) -> bool:
+        """Whether the output of a site is a new tensor that nobody else holds."""
+        cell = self.cells[name]
+        return cell.fresh if isinstance(cell, Cell) else self.record_sites[name].role != "composite"
+
+    def _rectified(self, name: str) -> bool:
+        """Whether a ReLU that nothing computes is left to the quantizers behind it: half the passes over memory."""
+        site = self.record_sites[name]
+        if site.kind != "relu" or name in self.plan.sites or name not in self.writes or name not in self.heads:
+            return False
+        return _frozen() and all(quantizer.rectifies for _, quantizer in self.writes[name])
+
     def compute_module(
         self, name: str, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
@@ -130,18 +146,28 @@ class _Computer(Names):
             return self._written(name, inner(*args, **kwargs))
         return self._written(name, cell(*args, inner=inner, **kwargs))
 
-    def _written(self, name: str, output: Any, target: Tensor | None = None) -> Any:
-        """The output as it is stored: behind the quantizers of its tensors, and in ``target`` if there is one."""
+    def _written(self, name: str, output: Any, target: Tensor | None = None, fresh: bool = False) -> Any:
+        """The output as it is stored: behind the quantizers of its tensors, and in ``target`` if there is one.
+
+        What is ``fresh`` is quantized in its own memory: new memory costs more than the arithmetic.
+        """
         quantizers = self.writes.get(name)
         if quantizers is not None:
             made = list(tensors(output))
             for index, quantizer in quantizers:
                 if not self.bypassed:
-                    made[index] = quantizer(made[index]) if target is None else quantizer.into(made[index], target)
+                    value = made[index]
+                    into = value if target is None and fresh and _frozen() and not value._is_view() else target
+                    made[index] = quantizer(value) if into is None else quantizer.into(value, into)
                 if self.probe is not None:
                     made[index] = self.probe(self.record_sites[name].writes[index], made[index])
             output = made[0] if isinstance(output, Tensor) else replaced(output, iter(made))
         return output if target is None or output is target else target.copy_(output)
+
+
+def _frozen() -> bool:
+    """Whether neither a gradient nor a graph needs the values in between."""
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def apply(

@@ -14,12 +14,11 @@ import threading
 import types
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.fx import _symbolic_trace
-from torch.fx.experimental import proxy_tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
@@ -264,7 +263,14 @@ def _boundaries() -> frozenset[types.CodeType]:
 _BOUNDARIES = _boundaries()
 _BOUNDARY_IDS = frozenset(map(id, _BOUNDARIES))  # hashing a code object reads all of it
 # the files of the frames between a module's forward and its caller's: torch.export puts its own in between
-_CALLING = frozenset((nn.Module._call_impl.__code__.co_filename, _symbolic_trace.__file__, proxy_tensor.__file__))
+_CALLING = frozenset(
+    str(Path(torch.__file__).parent.joinpath(*parts))
+    for parts in (
+        ("nn", "modules", "module.py"),
+        ("fx", "_symbolic_trace.py"),
+        ("fx", "experimental", "proxy_tensor.py"),
+    )
+)
 _OWN = _Mode.__torch_function__.__code__
 _REENTRANT = CheckpointFunction.forward.__code__
 

@@ -108,6 +108,11 @@ class Quantizer(nn.Module):
         scale, _, inverse, low, high = self._constants
         return torch.mul(x, inverse, out=target).round_().clamp_(low, high).mul_(scale)
 
+    @property
+    def rectifies(self) -> bool:
+        """Whether nothing below 0 passes, so that a ReLU in front of it changes nothing."""
+        return self._constants[3] == 0
+
     def integers(self, x: Tensor) -> Tensor:
         """The integers that stand for ``x``: same shape, type by :func:`~.dialect.storage`."""
         return dialect.quantize(x.detach(), self._constants[0], self._constants[1], self.fmt)

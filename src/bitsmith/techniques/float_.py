@@ -41,6 +41,8 @@ class Float(Technique):
 
 
 class _FloatCell(Cell):
+    fresh = True
+
     def __init__(self, site: Site, dtype: str) -> None:
         super().__init__(site)
         self.dtype = torch.bfloat16 if dtype == "bfloat16" else None

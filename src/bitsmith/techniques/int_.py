@@ -142,6 +142,8 @@ class _Cache:
 class _IntCell(Cell):
     """Weights on their grid (folded with the normalisation behind, in eval), activations on theirs."""
 
+    fresh = True
+
     def __init__(self, site: Site, technique: Int, record: Record) -> None:
         super().__init__(site)
         self.folds = site.kind in _FOLDING
