@@ -197,7 +197,7 @@ def _notes(
         names = [site.site for site in check.failing]
         notes.append(f"run and simulation differ at {', '.join(names[:5])}{' and others' if len(names) > 5 else ''}")
     if check is not None and check.unrealised:
-        notes.append(f"{len(check.unrealised)} sites did not run as asked; the table gives the reason of each")
+        notes.append(f"sites that did not run as asked: {len(check.unrealised)}; the table gives the reason of each")
     for label, times in (("float", float_sites), ("plan", plan_sites)):
         if times is not None:
             notes.append(

@@ -133,7 +133,7 @@ class BudgetError(ValueError):
         ]
         super().__init__(
             f"no plan meets the budget; the closest ({best.label}) has {'; '.join(parts)}. "
-            "Take it from error.best, raise the limit, or profile more techniques"
+            "It is in this error's .best (optimize saves it first); raise the limit, or offer more techniques"
         )
 
 

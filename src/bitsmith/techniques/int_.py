@@ -62,7 +62,7 @@ class Int(Technique):
 
     def __repr__(self) -> str:
         changed = [
-            f"{name}={getattr(self, name)!r}"
+            f"{name}={_shown(getattr(self, name))}"
             for name, default in _DEFAULTS.items()
             if name in ("w", "a") or getattr(self, name) != default
         ]
@@ -104,7 +104,8 @@ class Int(Technique):
             return 0.0
         scales = 1
         if self.granularity == "channel":
-            scales = weight.shape[_axis(site)]
+            axis = _axis(site)
+            scales = 1 if axis is None else weight.shape[axis]
         elif self.granularity == "group":
             scales = weight.numel // self.group
         return weight.numel * self.w + scales * (32.0 + (8.0 if self.affine_weights else 0.0))
@@ -116,10 +117,18 @@ class Int(Technique):
 _DEFAULTS: dict[str, Any] = {name: field.default for name, field in Int.__dataclass_fields__.items()}
 
 
-def _axis(site: Site) -> int:
-    """The output-channel axis of the site's weight."""
+def _shown(value: Any) -> str:
+    if isinstance(value, Range):
+        return value.method + (f" {value.percentile:g}" if value.method == "percentile" else "")
+    return str(value) if isinstance(value, Format) else repr(value)
+
+
+def _axis(site: Site) -> int | None:
+    """The output-channel axis of the site's weight; None where it has none."""
     weight = site.weight
     assert weight is not None
+    if site.kind == "einsum":
+        return _einsum_axis(str(site.arguments.get("equation", "")), site.operands.index(weight))
     if site.kind in _OUT_FIRST:
         return 0
     if site.kind.startswith("conv_transpose"):
@@ -127,6 +136,20 @@ def _axis(site: Site) -> int:
     # a matrix product: the axis of the weight that is not summed over
     last = len(weight.shape) - 1
     return last if site.operands.index(weight) == 1 else max(last - 1, 0)
+
+
+def _einsum_axis(equation: str, operand: int) -> int | None:
+    """The operand's first axis that the output keeps and no other operand has.
+
+    >>> _einsum_axis("bi,oi->bo", 1), _einsum_axis("...i,oi->...o", 1)
+    (0, None)
+    """
+    terms, arrow, output = equation.replace(" ", "").partition("->")
+    inputs = terms.split(",")
+    if not arrow or "..." in equation or operand >= len(inputs):
+        return None
+    others = {letter for i, term in enumerate(inputs) if i != operand for letter in term}
+    return next((i for i, letter in enumerate(inputs[operand]) if letter in output and letter not in others), None)
 
 
 @dataclass
