@@ -98,6 +98,7 @@ class Benchmark:
     name: str
     parts: Mapping[str, tuple[float, float]]
     description: str = ""
+    default_threads: int = 2
     rows: list[Record] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
     misses: list[str] = field(default_factory=list)
@@ -113,7 +114,12 @@ class Benchmark:
         which = f"run this part only (repeatable): {', '.join(self.parts)}"
         parser.add_argument("--only", action="append", choices=list(self.parts), metavar="PART", help=which)
         parser.add_argument("--resume", action="store_true", help="keep the parts that a killed run has finished")
-        parser.add_argument("--threads", type=int, default=2, help="threads of every measured library (2)")
+        parser.add_argument(
+            "--threads",
+            type=int,
+            default=self.default_threads,
+            help=f"threads of every measured library ({self.default_threads})",
+        )
         self.options = parser.parse_args(argv)
         self.chosen = tuple(part for part in self.parts if not self.options.only or part in self.options.only)
         torch.set_num_threads(self.threads)

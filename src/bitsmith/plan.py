@@ -120,7 +120,7 @@ class Plan:
     def from_json(cls, data: Any, techniques: Sequence[type] = ()) -> Plan:
         """Read what :meth:`to_json` wrote. Names resolve among the built-ins and ``techniques`` only."""
         if not isinstance(data, dict) or data.get("kind") != "bitsmith.plan":
-            raise PlanError("this is not a Bitsmith plan: a JSON object with \"kind\": \"bitsmith.plan\" was expected")
+            raise PlanError('this is not a Bitsmith plan: a JSON object with "kind": "bitsmith.plan" was expected')
         version = data.get("schema")
         reader = _READERS.get(version) if isinstance(version, int) else None
         if reader is None:

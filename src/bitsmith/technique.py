@@ -174,4 +174,3 @@ def check_fits(technique: Technique, site: Site) -> None:
     if not verdict:
         reason = verdict.reason if isinstance(verdict, No) else "it does not fit"
         raise ValueError(f"{technique} cannot be put at {site.name!r} ({site.kind}): {reason}")
-
