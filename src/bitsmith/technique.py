@@ -86,6 +86,10 @@ class Technique(ABC):
         """``dialect`` (quantized reference operations), ``float``, or an opaque ``torch.library`` operation's name."""
         return "float"
 
+    def label(self) -> str:
+        """A short name for tables; ``repr`` is the whole value."""
+        return repr(self)
+
     def cite(self) -> str:
         """The source: first line of the docstring."""
         return (type(self).__doc__ or type(self).__name__).strip().splitlines()[0]

@@ -132,7 +132,8 @@ def test_composite_as_a_whole() -> None:
     assert list(computer_of(net).record_sites) == ["attention", "head"]
     only = apply(model, Plan({"attention": Float()}), [(SELF, None)])
     with torch.no_grad():
-        assert torch.equal(only(SELF)[0], model(SELF)[0])
+        # torch's fused inference path steps aside for every function mode, so the last bits may differ
+        torch.testing.assert_close(only(SELF)[0], model(SELF)[0])
     with pytest.raises(ValueError, match="inside can be planned"):
         apply(model, Plan({"attention": Int()}), [(SELF, None)])
 

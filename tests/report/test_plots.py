@@ -133,7 +133,7 @@ def test_one_plan_and_only_predicted_plans_are_drawn() -> None:
 
 def test_plots_load_no_pyplot_and_only_when_drawn() -> None:
     code = (
-        "import sys; import bitsmith.report.plots as p, bitsmith.report.html, bitsmith.report.terminal\n"
+        "import sys; from bitsmith.report import plots as p, html, terminal\n"
         "assert not {'matplotlib', 'jinja2', 'rich'} & set(sys.modules)\n"
         "from bitsmith.report.data import SiteRow\n"
         "assert p.time_bars([SiteRow('a', 'c', 'x', 'y', ms=1.0)])\n"

@@ -173,7 +173,7 @@ def _row(
     return SiteRow(
         site=name,
         kind=site.kind if site is not None else "",
-        asked=str(technique) if technique != Float() else "float",
+        asked=technique.label() if technique != Float() else "float",
         realised=got.realised if got is not None else "",
         why=(got.why if got is not None else "") or (refused if technique != Float() else ""),
         sqnr_db=got.sqnr_db if got is not None else None,

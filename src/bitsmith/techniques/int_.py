@@ -61,12 +61,24 @@ class Int(Technique):
             raise ValueError("Int: weight_range=Range('entropy') needs granularity='tensor': a channel has few weights")
 
     def __repr__(self) -> str:
-        changed = [
-            f"{name}={_shown(getattr(self, name))}"
-            for name, default in _DEFAULTS.items()
-            if name in ("w", "a") or getattr(self, name) != default
-        ]
-        return f"Int({', '.join(changed)})"
+        return f"Int({', '.join(f'{name}={value!r}' for name, value in self._changed())})"
+
+    def label(self) -> str:
+        """Formats and ranges by their short names; what a target put in is left to the file.
+
+        >>> Int(8, 8, out=Format(8), range=Range("mse")).label()
+        'Int(w=8, a=8, range=mse)'
+        """
+        parts = []
+        for name, value in self._changed():
+            if name != "out":
+                parts.append(f"{name}={value.method if isinstance(value, Range) else repr(value)}")
+        return f"Int({', '.join(parts)})"
+
+    def _changed(self) -> list[tuple[str, Any]]:
+        """The bits, and every other field that is not at its default."""
+        given = {name: getattr(self, name) for name in _DEFAULTS}
+        return [(name, value) for name, value in given.items() if name in ("w", "a") or value != _DEFAULTS[name]]
 
     def fits(self, site: Site) -> bool | No:
         if site.role != "integer":
@@ -115,12 +127,6 @@ class Int(Technique):
 
 
 _DEFAULTS: dict[str, Any] = {name: field.default for name, field in Int.__dataclass_fields__.items()}
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, Range):
-        return value.method + (f" {value.percentile:g}" if value.method == "percentile" else "")
-    return str(value) if isinstance(value, Format) else repr(value)
 
 
 def _axis(site: Site) -> int | None:
