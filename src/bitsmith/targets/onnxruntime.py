@@ -140,6 +140,8 @@ class OnnxRuntime(Target):
 
         model = named(onnxruntime_form(model))
         nodes, values = site_map(model, sites)
+        # shapes of inner values, which the runtime infers: files of one plan are equally long however they were made
+        del model.graph.value_info[:]
         path = atomic_write(path, lambda temporary: onnx.save(model, str(temporary)))
         inputs = described(model)
         artifact = Artifact(
