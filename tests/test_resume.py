@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import random
@@ -135,20 +134,11 @@ def test_killed_at_random_moments_it_resumes_and_repeats_nothing(tmp_path: Path)
     assert sum(kind == "sensitivity" for _, kind, _, _ in final) == 12  # six sites, two techniques
     assert whole(folder) == {"plan.json", "model.onnx", "model.onnx.json", "report.html", "report.json", "runs.db"}
     # an uninterrupted run with the same seed gives the same bytes
-    techniques = [bs.Int(8, 8), bs.Int(4, 8)]
-    other = tmp_path / "other"
-    bs.optimize(small(), task(), MockTarget(), bs.Budget(drop=0.1), techniques=techniques, folder=other, seed=3)
+    other, again = tmp_path / "other", tmp_path / "again.py"
+    again.write_text(SCRIPT.format(tests=tests, log=str(tmp_path / "again.txt"), folder=str(other)))
+    assert stopped(again, other / "runs.db", 10**6, signal.SIGKILL) == 0
     assert (other / "plan.json").read_bytes() == (folder / "plan.json").read_bytes()
-    # the other process may sum with other threads, so figures computed in float agree but for some per cent
-    for here, there in zip(
-        bs.Report.load(other / "report.json").sites, bs.Report.load(folder / "report.json").sites, strict=True
-    ):
-        computed = ("loss", "sqnr_db", "gap_db")
-        exact = dataclasses.replace(there, **{name: getattr(here, name) for name in computed})
-        assert here == exact
-        for name in computed:
-            figure = getattr(there, name)
-            assert getattr(here, name) == (figure if figure is None else pytest.approx(figure, rel=0.1))
+    assert bs.Report.load(other / "report.json").sites == bs.Report.load(folder / "report.json").sites
 
 
 class Stopped(BaseException):

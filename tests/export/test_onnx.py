@@ -83,7 +83,7 @@ def test_a_folded_normalisation_is_its_layers_node_but_its_own_value(build: Any,
     assert "conv" not in values
     model.graph.output.append(onnx.helper.make_empty_tensor_value_info(values["bn"]))
     (_, got) = execute(model, x.numpy())
-    np.testing.assert_allclose(got, norm(F.conv2d(x, cells_weight)).detach().numpy(), rtol=1e-6, atol=1e-5)
+    np.testing.assert_allclose(got, norm(F.conv2d(x, cells_weight)).detach().numpy(), atol=1e-5)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 6])
@@ -120,4 +120,10 @@ def test_4_bit_weights_take_half_a_byte(build: Any, execute: Any, group: int) ->
     stored = [i for i in model.graph.initializer if i.data_type == onnx.TensorProto.INT4 and len(i.dims) == 2]
     assert max(len(i.raw_data) for i in stored) == weight.numel() // 2
     assert not any(i.data_type == onnx.TensorProto.INT8 and len(i.dims) == 2 for i in model.graph.initializer)
-    np.testing.assert_allclose(execute(model, x.numpy())[0], net(x).detach().numpy(), rtol=1e-6, atol=1e-5)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # torch's sums change with the number of threads, by more than the bound
+    try:
+        expected = net(x).detach().numpy()
+    finally:
+        torch.set_num_threads(threads)
+    np.testing.assert_allclose(execute(model, x.numpy())[0], expected, atol=1e-5)
