@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import bitsmith as bs
+from bitsmith.model.network import Network
 from bitsmith.testing import MockTarget
 from smallnet import batches, small, task
 
@@ -23,14 +24,15 @@ class Scaled(bs.Step):
     reader: str
     factor: float = 2.0
 
-    def prepare(self, model: nn.Module, record: bs.Record, data: Any) -> nn.Module:
-        assert self.layer in record.sites
+    def prepare(self, net: Network, plan: bs.Plan, data: Any) -> Network:
+        assert self.layer in net.record.sites
+        assert not plan.prepare
         with torch.no_grad():
-            one, two = model.get_submodule(self.layer), model.get_submodule(self.reader)
-            one.weight.mul_(self.factor)  # type: ignore[operator, union-attr]
-            one.bias.mul_(self.factor)  # type: ignore[operator, union-attr]
-            two.weight.div_(self.factor)  # type: ignore[operator, union-attr]
-        return model
+            one, two = net.model.get_submodule(self.layer), net.model.get_submodule(self.reader)
+            one.weight.mul_(self.factor)  # type: ignore[operator]
+            one.bias.mul_(self.factor)  # type: ignore[operator]
+            two.weight.div_(self.factor)  # type: ignore[operator]
+        return net.with_model(net.model)
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,10 @@ class Shifted(bs.Step):
     layer: str
     by: float
 
-    def prepare(self, model: nn.Module, record: bs.Record, data: Any) -> nn.Module:
+    def prepare(self, net: Network, plan: bs.Plan, data: Any) -> Network:
         with torch.no_grad():
-            model.get_submodule(self.layer).bias.add_(self.by)  # type: ignore[operator, union-attr]
-        return model
+            net.model.get_submodule(self.layer).bias.add_(self.by)  # type: ignore[operator]
+        return net.with_model(net.model)
 
 
 class Chain(nn.Module):

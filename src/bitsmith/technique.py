@@ -5,13 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .operations import OPERATIONS
 from .site import Format, Record, Site
+
+if TYPE_CHECKING:
+    from .model.network import Network
+    from .plan import Plan
 
 
 @dataclass(frozen=True)
@@ -161,12 +165,20 @@ def _no_operation(*args: Any, **kwargs: Any) -> Any:
     raise TypeError("a module-level cell has no torch operation: it receives the module's own forward as `inner`")
 
 
+class PrepareError(ValueError):
+    """A prepare step that finds nothing to do in this network, or that its data do not suffice for."""
+
+
 class Step(ABC):
     """A prepare step: reaches over several sites before the cells are built. Subclasses are frozen dataclasses."""
 
     @abstractmethod
-    def prepare(self, model: nn.Module, record: Record, data: Any) -> nn.Module:
-        """A model with the same function (or a better quantizable one). May change ``model``, which is a copy."""
+    def prepare(self, net: Network, plan: Plan, data: Any) -> Network:
+        """A network with the same function, or a better quantizable one: ``net.with_model(model)``.
+
+        ``net.model`` is a copy that may be changed in place. ``plan``: what will be applied, without its steps.
+        ``data``: the calibration loader. Raises ``PrepareError`` where there is nothing it could do.
+        """
 
     def cite(self) -> str:
         return (type(self).__doc__ or type(self).__name__).strip().splitlines()[0]

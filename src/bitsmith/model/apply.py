@@ -317,10 +317,11 @@ def _forgetful(additions: Additions) -> list[Cell]:
 
 
 def _prepare(net: Network, plan: Plan, calibration: Any) -> Network:
-    model = duplicate(net.model)
+    net = network(duplicate(net.model), net.example, forward=net.forward, names=plan.sites)
+    bare = plan.replace(prepare=())
     for step in plan.prepare:
-        model = step.prepare(model, net.record, calibration)
-    return network(model, net.example, forward=net.forward, names=plan.sites)
+        net = step.prepare(net, bare, calibration)
+    return net
 
 
 def _freeze_unread(replica: nn.Module, record: Record, additions: Additions) -> None:

@@ -34,6 +34,15 @@ class Network:
     modules: tuple[str, ...] = ()
     example: Any = field(default=None, repr=False)
 
+    def with_model(self, model: nn.Module, scales: Mapping[tuple[str, int], Tensor] | None = None) -> Network:
+        """The same network with other weights, recorded anew; statistics of the old ones are dropped.
+
+        ``scales``: (site, operand) -> scale of a weight that is on its grid now, of the shape that the technique there
+        gives its scales; what earlier steps fixed is kept.
+        """
+        again = network(model, self.example, forward=self.forward, names=self.expand)
+        return replace(again, record=replace(again.record, scales={**self.record.scales, **(scales or {})}))
+
     def with_statistics(self, statistics: Mapping[str, Any]) -> Network:
         return replace(self, record=replace(self.record, statistics=statistics))
 
