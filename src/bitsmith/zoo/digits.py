@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from .weights import seeded
+
 SIZE = 32
 """Height and width of the network's input."""
 
@@ -72,8 +74,7 @@ class DigitsNet(nn.Module):
 
 def digits_net(seed: int = 0) -> DigitsNet:
     """An untrained network; the same seed gives the same weights, and the global generator is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         return DigitsNet()
 
 

@@ -1,17 +1,20 @@
-"""Trained weights from ``.npz`` files, strictly."""
+"""Weights: trained ones from ``.npz`` files, strictly; random ones from a seed."""
 
 from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+
+Net = TypeVar("Net", bound=nn.Module)
 
 
 class WeightsError(ValueError):
@@ -38,23 +41,50 @@ def read_npz(path: str | Path) -> dict[str, NDArray[Any]]:
         raise WeightsError(f"{path} is not a readable, pickle-free .npz ({error}); fetch or write it again") from None
 
 
-def load_npz(model: nn.Module, path: str | Path) -> nn.Module:
-    """Fill ``model`` with the arrays of an ``.npz`` file and return it; this is the one call that writes to a model.
+def load_npz(model: Net, path: str | Path) -> Net:
+    """Fill ``model`` with the arrays of an ``.npz`` file and return it: :func:`load_arrays` of :func:`read_npz`."""
+    return load_arrays(model, read_npz(path), path)
+
+
+def load_arrays(model: Net, arrays: Mapping[str, NDArray[Any]], source: str | Path) -> Net:
+    """Fill ``model`` with named arrays and return it; these loaders are the only calls that write to a model.
 
     Keys are those of ``model.state_dict()``; only ``num_batches_tracked``, which inference never reads, may be absent.
-    Missing or unexpected keys, another shape or another kind of number raise ``WeightsError``, and nothing is loaded.
+    Missing or unexpected keys, another shape or another kind of number raise ``WeightsError``, which names ``source``,
+    and nothing is loaded.
     """
-    arrays = read_npz(path)
     state = model.state_dict()
     problems = _mismatches(arrays, state)
     if problems:
         raise WeightsError(
-            f"{path} does not fit {type(model).__name__}, nothing was loaded: {'; '.join(problems)}. "
+            f"{source} does not fit {type(model).__name__}, nothing was loaded: {'; '.join(problems)}. "
             "Use the model these weights were saved from, with the same number of classes"
         )
     tensors = {name: torch.from_numpy(array.astype(array.dtype.newbyteorder("="))) for name, array in arrays.items()}
     model.load_state_dict({**state, **tensors})
     return model
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Within, torch's CPU generator starts from ``seed``; afterwards it is as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def build(make: Callable[[], Net], seed: int) -> Net:
+    """``make()`` in evaluation mode with random weights, the same for the same seed: He et al. 2015, arXiv:1502.01852,
+    eq. 10 (normal, fan-in) for convolutions and linear layers, zero biases. Statistics of normalisations are left
+    at mean 0 and variance 1: see :func:`bitsmith.zoo.statistics.settle_statistics`."""
+    with seeded(seed):
+        model = make()
+        for module in model.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+    return model.eval()
 
 
 def _mismatches(arrays: Mapping[str, NDArray[Any]], state: Mapping[str, torch.Tensor]) -> list[str]:
