@@ -1,4 +1,4 @@
-"""Weights on their grid: simulated with a straight-through gradient, as integers, and bias in 32 bits."""
+"""Weights on their grid: simulated with a straight-through gradient, as integers, folded, and bias in 32 bits."""
 
 from __future__ import annotations
 
@@ -49,3 +49,14 @@ def dequantize_bias(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         q, scale, zero_point, 0, -(2**31), 2**31 - 1, torch.int32
     )
     return values
+
+
+def folded_affine(
+    mean: Tensor, variance: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """``(factor, shift)`` of a batch normalisation in eval: ``y = x * factor + shift`` (Ioffe and Szegedy 2015)."""
+    factor = torch.rsqrt(variance + eps)
+    if gamma is not None:
+        factor = factor * gamma
+    shift = -mean * factor
+    return factor, shift if beta is None else shift + beta

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..numerics import dialect
 from ..numerics.ranges import weight_qparams
-from ..numerics.weights import dequantize_bias, fake_quantize_weight, integers_of
+from ..numerics.weights import dequantize_bias, fake_quantize_weight, folded_affine, integers_of
 from ..site import Format, Range, Record, Site
 from ..technique import Cell, No, Technique
 
@@ -190,7 +190,7 @@ class _IntCell(Cell):
         bias = record.biases.get(site.name)
         if self.folds and site.fold is not None:
             mean, variance, gamma, beta, eps = record.folds[site.name]
-            factor, shift = _fold(mean, variance, gamma, beta, eps)
+            factor, shift = folded_affine(mean, variance, gamma, beta, eps)
             values = values * _along(factor, values.dim())
             bias = shift + (bias * factor if bias is not None else 0.0)
         scale, zero_point = weight_qparams(
@@ -267,7 +267,7 @@ class _IntCell(Cell):
         if not self.norm:
             return self._on_grid(weight), self._bias_on_grid(bias)
         module: Any = self.norm[0]
-        factor, shift = _fold(module.running_mean, module.running_var, module.weight, module.bias, module.eps)
+        factor, shift = folded_affine(module.running_mean, module.running_var, module.weight, module.bias, module.eps)
         along = _along(factor, weight.dim())
         folded = self._on_grid(weight * along)
         if module.training:
@@ -330,14 +330,3 @@ class _IntCell(Cell):
 
 def _along(factor: Tensor, dims: int) -> Tensor:
     return factor.reshape(-1, *([1] * (dims - 1)))
-
-
-def _fold(
-    mean: Tensor, variance: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    """``(factor, shift)`` of a batch normalisation in eval: ``y = x * factor + shift`` (Ioffe and Szegedy 2015)."""
-    factor = torch.rsqrt(variance + eps)
-    if gamma is not None:
-        factor = factor * gamma
-    shift = -mean * factor
-    return factor, shift if beta is None else shift + beta
