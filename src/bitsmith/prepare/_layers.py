@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -81,7 +82,16 @@ Seen = Callable[[str, tuple[Tensor, ...], Tensor], Tensor | None]
 clone: operations in place may write there."""
 
 
-class _Watcher(Names):
+class LayerHandler(Names, ABC):
+    """A handler that looks at operations only. Subclasses of this abstract class say what to do at each."""
+
+    def compute_module(
+        self, name: str, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        return inner(*args, **kwargs)
+
+
+class _Watcher(LayerHandler):
     """The handler that shows calls of a float network."""
 
     def __init__(self, net: Network, names: Iterable[str], see: Seen) -> None:
@@ -96,11 +106,6 @@ class _Watcher(Names):
             return output
         replaced = self.see(name, tuple(t for t in operands if isinstance(t, Tensor)), output)
         return output if replaced is None else replaced
-
-    def compute_module(
-        self, name: str, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Any:
-        return inner(*args, **kwargs)
 
 
 def watched(net: Network, names: Iterable[str], see: Seen) -> nn.Module:
