@@ -93,12 +93,16 @@ Part = Callable[["Benchmark"], None]
 
 @dataclass
 class Benchmark:
-    """One run of one benchmark. ``parts``: name -> estimated minutes of that part by default and with ``--full``."""
+    """One run of one benchmark. ``parts``: name -> estimated minutes of that part by default and with ``--full``.
+
+    ``flags``: the benchmark's own switches, name -> help; a run with one writes a JSON file of its own.
+    """
 
     name: str
     parts: Mapping[str, tuple[float, float]]
     description: str = ""
     default_threads: int = 2
+    flags: Mapping[str, str] = field(default_factory=dict)
     rows: list[Record] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
     misses: list[str] = field(default_factory=list)
@@ -120,6 +124,8 @@ class Benchmark:
             default=self.default_threads,
             help=f"threads of every measured library ({self.default_threads})",
         )
+        for flag, text in self.flags.items():
+            parser.add_argument(f"--{flag}", action="store_true", help=text)
         self.options = parser.parse_args(argv)
         self.chosen = tuple(part for part in self.parts if not self.options.only or part in self.options.only)
         torch.set_num_threads(self.threads)
@@ -172,7 +178,11 @@ class Benchmark:
 
     @property
     def _unfinished(self) -> Path:
-        return RESULTS / f"{self.name}.unfinished.json"
+        return RESULTS / f"{self.name}{self._flagged}.unfinished.json"
+
+    @property
+    def _flagged(self) -> str:
+        return "".join(f".{flag}" for flag in self.flags if getattr(self.options, flag))
 
     def _settings(self) -> Record:
         """What a measurement of this run belongs to."""
@@ -197,7 +207,7 @@ class Benchmark:
             "passed": passed,
         }
         whole = len(self.chosen) == len(self.parts)
-        path = RESULTS / f"{self.name}{'' if whole else '.' + '+'.join(self.chosen)}.json"
+        path = RESULTS / f"{self.name}{self._flagged}{'' if whole else '.' + '+'.join(self.chosen)}.json"
         _write(path, result)
         print(f"load after: {_load_text(after)}; {seconds:.0f} s; rows in {path}")
         said = [*map(str, self.verdicts), *(f"MISSED: {why}" for why in self.misses)] or ["nothing was judged"]

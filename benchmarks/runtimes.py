@@ -22,6 +22,9 @@ Array = NDArray[Any]
 Run = Callable[[Sequence[Array]], list[Array]]
 
 RUNTIMES = ("onnxruntime", "openvino")
+OFF = ("WeightBiasQuantization",)
+"""The optimizer of ONNX Runtime that ``bitsmith.targets.OnnxRuntime`` switches off for its own files."""
+
 _EIGHT_BITS = ("uint8", "int8", "tensor(uint8)", "tensor(int8)")
 _ATTENTION = ("Attention", "QAttention", "MultiHeadAttention")
 _MATRIX = (
