@@ -28,6 +28,7 @@ from .model.apply import plan_of as plan_of
 from .model.calibrate import CalibrationError as CalibrationError
 from .model.intercept import InterceptionError as InterceptionError
 from .model.network import sites as sites
+from .model.read import load as load
 from .optimize import Optimized as Optimized
 from .optimize import optimize as optimize
 from .plan import Budget as Budget
@@ -112,6 +113,7 @@ __all__ = [
     "apply",
     "evaluator",
     "export",
+    "load",
     "loss_rise",
     "metrics",
     "optimize",

@@ -222,3 +222,17 @@ def test_a_task_and_its_calibration(write: Write) -> None:
         load_task(f"{path}:wrong")
     with pytest.raises(DataError, match="cannot be iterated"):
         load_calibration(f"{path}:wrong")
+
+
+def test_a_network_in_a_file_needs_no_function(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU()).eval()
+    x = torch.randn(2, 4)
+    torch.export.save(torch.export.export(model, (x,)), tmp_path / "net.pt2")
+    loaded = load_model(str(tmp_path / "net.pt2"))
+    assert torch.equal(loaded(x), model(x))
+    assert not loaded.training
+    (tmp_path / "net.onnx").write_bytes(b"no network")
+    with pytest.raises(LoadError, match=r"net\.onnx .*cut short, damaged"):
+        load_model(str(tmp_path / "net.onnx"))
+    with pytest.raises(LoadError, match=r"missing\.onnx is not a file"):
+        load_model(str(tmp_path / "missing.onnx"))

@@ -53,9 +53,19 @@ def load_object(name: str) -> Any:
 
 
 def load_model(name: str) -> nn.Module:
-    """The model that ``build() -> nn.Module`` returns, in evaluation mode; a module object is taken as it is."""
+    """The model that ``build() -> nn.Module`` returns, in evaluation mode; a module object is taken as it is.
+
+    ``net.onnx`` and ``net.pt2`` are files that hold a network (a ``.pt2`` is unpickled, as a ``.py`` is run).
+    """
     from torch import nn
 
+    if name.endswith((".onnx", ".pt2")):
+        from .read import load
+
+        try:
+            return load(name, trusted=True)
+        except ValueError as error:
+            raise LoadError(str(error)) from error
     found = load_object(name)
     model = found if isinstance(found, nn.Module) else called(found, name)
     if isinstance(model, nn.Module):
