@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ..data import call, items
 from ..model.apply import additions_of
 from ..model.intercept import instrument
 from ..model.keys import encode_key
@@ -156,3 +158,11 @@ def channel_axis(kind: str, dims: int) -> int:
     """The axis of the channels in an input or output of a layer: the last of a linear one, else that before the
     ``n`` positions of an n-dimensional convolution."""
     return dims - 1 if kind == "linear" else dims - 1 - int(kind[-2])
+
+
+def observe(net: Network, names: Iterable[str], see: Seen, data: Any) -> None:
+    """Run the float network over the calibration data, showing those sites' calls to ``see``."""
+    replica = watched(net, names, see)
+    with torch.no_grad():
+        for inputs, _ in items(data, "calibration"):
+            call(replica, inputs, net.forward)

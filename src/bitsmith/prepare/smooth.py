@@ -1,0 +1,165 @@
+"""SmoothQuant."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..model.network import Network
+from ..numerics.quantizer import Quantizer
+from ..numerics.ranges import qparams
+from ..plan import Plan
+from ..site import Format
+from ..technique import Step
+from ._layers import Layer, observe
+from ._links import Link, find_links, move, reader_range
+
+ALPHAS = tuple(i / 10 for i in range(1, 10))
+_ROWS = 1024  # inputs kept of each group to compare values of alpha
+_LEAST = 1e-5  # no factor is smaller: a channel that is nearly silent stays quantizable
+
+
+@dataclass(frozen=True)
+class SmoothQuant(Step):
+    """SmoothQuant (Xiao et al. 2022, arXiv:2211.10438, eq. 4): outliers move from activations into weights.
+
+    Channel j of what several linear layers read is divided by ``s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)``, and
+    input channel j of their weights multiplied by it: X over the calibration data, W over all the readers. The factor
+    goes into the layer normalisation in front, or into a linear layer in front: over the weighted mean of an attention
+    (values -> output projection), ReLU, or nothing. It is exact and adds no operation.
+
+    ``alpha`` in [0, 1]; None: for each group the value among 0.1, 0.2, ..., 0.9, or no change, whose simulated output
+    is closest to the float one. Groups without a reader that the plan gives integer activations are left alone, and so
+    are normalisations that something else reads as well (the residual addition of post-norm blocks, as in BERT), which
+    no weight could undo: :meth:`groups` tells both kinds. Where there is no group nothing changes.
+    """
+
+    alpha: float | None = 0.5
+
+    def __post_init__(self) -> None:
+        if self.alpha is not None and not 0.0 <= self.alpha <= 1.0:
+            raise ValueError(f"SmoothQuant(alpha={self.alpha}): must be in [0, 1], or None to choose it for each group")
+
+    def groups(self, net: Network, plan: Plan) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
+        """Which linear layers are smoothed behind each normalisation or layer, and why other ones are not."""
+        links, refused = _links(net, plan)
+        return {link.source: tuple(layer.site.name for layer, _ in link.readers) for link in links}, refused
+
+    def prepare(self, net: Network, plan: Plan, data: Any) -> Network:
+        links, _ = _links(net, plan)
+        if not links:
+            return net
+        for link, seen in zip(links, _observed(net, links, data, self.alpha is None), strict=True):
+            if self.alpha is None:
+                factor = _best(net, plan, link, seen)
+            else:
+                factor = _factor(seen.peaks, _weight_range(net, link), self.alpha)
+            if factor is not None:
+                move(net.model, link, factor)
+        return net.with_model(net.model)
+
+
+def _links(net: Network, plan: Plan) -> tuple[list[Link], dict[str, str]]:
+    links, refused = find_links(net)
+    kept = []
+    refused = {name: why for name, why in refused.items() if net.record.sites[name].kind in ("layer_norm", "linear")}
+    for link in links:
+        if net.record.sites[link.source].kind not in ("layer_norm", "linear"):
+            continue
+        if any(layer.site.kind != "linear" or width != 1 for layer, width in link.readers):
+            refused[link.source] = "not only linear layers read it, channel by channel"
+        elif all(_format(plan, layer) is None for layer, _ in link.readers):
+            refused[link.source] = "the plan gives none of its readers integer activations"
+        else:
+            kept.append(link)
+    return kept, refused
+
+
+def _format(plan: Plan, layer: Layer) -> Format | None:
+    technique = plan.get(layer.site.name)
+    return technique.reads(layer.site)[0] if technique is not None else None
+
+
+def _weight_range(net: Network, link: Link) -> Tensor:
+    weights = {layer.site.name: net.record.weights[layer.site.name, layer.slot] for layer, _ in link.readers}
+    return reader_range(weights, link).double().cpu()
+
+
+def _factor(peaks: Tensor, weights: Tensor, alpha: float) -> Tensor:
+    """Eq. 4; 1 for a channel without values or weights."""
+    used = (peaks > 0) & (weights > 0)
+    one = torch.ones_like(peaks)
+    factor = peaks.where(used, one) ** alpha / weights.where(used, one) ** (1 - alpha)
+    return factor.clamp_min(_LEAST).where(used, one)
+
+
+class _Seen:
+    """What the readers of one group get: extremes of each channel (float64), and rows at an even stride."""
+
+    def __init__(self, channels: int, keep: bool) -> None:
+        self.low = torch.full((channels,), torch.inf, dtype=torch.float64)
+        self.high = -self.low
+        self.keep, self.stride, self.rows = keep, 1, torch.zeros(0, channels)
+
+    @property
+    def peaks(self) -> Tensor:
+        return torch.maximum(self.high, -self.low)
+
+    def update(self, x: Tensor) -> None:
+        x = x.detach().flatten(0, -2).float().cpu()
+        low, high = x.aminmax(dim=0)
+        self.low, self.high = torch.minimum(self.low, low.double()), torch.maximum(self.high, high.double())
+        if not self.keep:
+            return
+        self.rows = torch.cat([self.rows, x[:: self.stride]])
+        while len(self.rows) > 2 * _ROWS:
+            self.rows, self.stride = self.rows[::2].clone(), 2 * self.stride
+
+
+def _observed(net: Network, links: list[Link], data: Any, keep: bool) -> list[_Seen]:
+    first = [link.readers[0][0].site.name for link in links]
+    seen = {name: _Seen(link.channels, keep) for name, link in zip(first, links, strict=True)}
+
+    def see(name: str, operands: tuple[Tensor, ...], output: Tensor) -> None:
+        seen[name].update(operands[0])
+
+    observe(net, seen, see, data)
+    return list(seen.values())
+
+
+def _best(net: Network, plan: Plan, link: Link, seen: _Seen) -> Tensor | None:
+    """The factor whose simulated outputs are closest to the float ones; None if no change is."""
+    weights = _weight_range(net, link)
+    planned = [layer for layer, _ in link.readers if layer.site.name in plan.sites]
+    best, chosen = _error(net, plan, planned, seen, torch.ones_like(weights)), None
+    for alpha in ALPHAS:
+        factor = _factor(seen.peaks, weights, alpha)
+        error = _error(net, plan, planned, seen, factor)
+        if error < best:
+            best, chosen = error, factor
+    return chosen
+
+
+def _error(net: Network, plan: Plan, planned: list[Layer], seen: _Seen, factor: Tensor) -> float:
+    """Squared error of the planned readers' outputs, each as a part of its power, with the factor moved."""
+    total = 0.0
+    low, high = float((seen.low / factor).min()), float((seen.high / factor).max())
+    x = (seen.rows / factor).float()
+    for layer in planned:
+        name, technique = layer.site.name, plan.sites[layer.site.name]
+        weight = net.record.weights[name, layer.slot].float().cpu()
+        scaled = (weight * factor).float()
+        record = dataclasses.replace(net.record, weights={**net.record.weights, (name, layer.slot): scaled})
+        cell = technique.build(layer.site, record, torch.Generator().manual_seed(0)).eval()
+        fmt = _format(plan, layer)
+        quantizer = None if fmt is None else Quantizer(fmt, *qparams(low, high, fmt))
+        cell.attach((quantizer, None), (quantizer is not None, False))
+        with torch.no_grad():
+            wanted = seen.rows @ weight.T
+            got: Tensor = cell(x, scaled)
+        total += float((got - wanted).square().sum() / wanted.square().sum().clamp_min(1e-30))
+    return total
