@@ -5,8 +5,8 @@
 Everybody gets the same float network and the same calibration samples, and is judged on the same test samples; with
 ``--validation`` on the validation samples, which is how defaults are chosen. A tool counts with its best variant (least
 divergence). Bars, on each network and runtime: not significantly worse than any peer (McNemar's exact test, .05,
-Holm-corrected within the network and runtime); mean KL divergence from float <= 1.05 of the best peer's; the mean drop over the
-four networks <= 0.3 points. ``w4a8``: 4-bit weights, where the methods separate. ``adaround``, ``gptq``: their times.
+Holm-corrected within the network and runtime); mean KL divergence from float <= 1.05 of the best peer's; the mean drop
+over the four networks <= 0.3 points. ``w4a8``: 4-bit weights, where the methods separate. ``adaround``, ``gptq``: time.
 """
 
 from __future__ import annotations
@@ -155,11 +155,7 @@ class Session:
         batches = [inputs for inputs, _ in items(self.task.calibration, "calibration")]
         first = {k: v[:1] for k, v in batches[0].items()} if isinstance(batches[0], Mapping) else batches[0][:1]
         source = self.folder / "float.onnx"
-        with silent():
-            args, kwargs = ((), first) if isinstance(first, Mapping) else ((first,), None)
-            torch.onnx.export(
-                self.model, args, str(source), kwargs=kwargs, dynamo=True, external_data=False, verbose=False
-            )
+        write_float(self.model, first, source)
         names = list(first) if isinstance(first, Mapping) else [_input_name(source)]
         feeds = [
             {name: x[i : i + 1] for name, x in zip(names, given, strict=True)}
@@ -232,8 +228,24 @@ def entrances(session: Session) -> dict[str, Callable[[], nn.Module]]:
     """Label -> the float model as it is entered: as a module, and from the ONNX file that the peers get."""
     found: dict[str, Callable[[], nn.Module]] = {"Bitsmith": lambda: session.model}
     if hasattr(bs, "load"):
-        found["Bitsmith of ONNX"] = lambda: bs.load(session.problem.source.model)
+        path = session.folder / "entered.onnx"
+        write_float(session.model, session.problem.batches[0], path, dynamic=True)
+        found["Bitsmith of ONNX"] = lambda: bs.load(path)
     return found
+
+
+def write_float(model: nn.Module, example: Any, path: Path, dynamic: bool = False) -> None:
+    """The float network as ONNX, as torch writes it. ``dynamic``: any batch size, which the entrance needs."""
+    by_name = dict(example) if isinstance(example, Mapping) else None
+    args = () if by_name is not None else (example,)
+    axes: Any = None
+    if dynamic:
+        batch = {0: torch.export.Dim("batch", min=1, max=1024)}
+        axes = (batch,) if by_name is None else dict.fromkeys(by_name, batch)
+    with silent():
+        torch.onnx.export(
+            model, args, str(path), kwargs=by_name, dynamic_shapes=axes, dynamo=True, external_data=False, verbose=False
+        )
 
 
 def collect(session: Session, chosen: Sequence[LogitPeer]) -> Judged:

@@ -7,10 +7,9 @@ installed, each with its accuracy on the 1000 lossless test images (standard err
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,8 @@ import torch
 
 import bitsmith as bs
 from benchmarks.harness import Benchmark, interleaved, table
+from benchmarks.int8_peers import FILE_PEERS, Source, made
+from benchmarks.runtimes import OFF, Run, opened
 from bitsmith import targets
 from bitsmith.bench import Bench
 from bitsmith.zoo.cifar_resnet import resnet20
@@ -75,20 +76,21 @@ def run(bench: Benchmark, target: bs.targets.Target) -> None:
         f"{name}: same class as simulated", check.same_class or 0.0, check.float_same_class or 0.0, at_least=True
     )
     bench.judge(f"{name}: sites that did not run as asked", len(check.unrealised), 0)
-    files = {"float": base, "Bitsmith": ours, **dict(peers(base, calibration, setup.folder, name))}
     threads = bench.options.threads
-    runs = {
-        label: opened(target, artifact.path, label in ("float", "Bitsmith"), threads)
-        for label, artifact in files.items()
+    files = {"float": base.path, "Bitsmith": ours.path, **dict(peers(base, calibration, setup.folder, name))}
+    mine = ("float", "Bitsmith")
+    opened_files = {
+        label: opened(name, path, threads, disabled=OFF if label in mine else ()) for label, path in files.items()
     }
+    runs = {label: functools.partial(first_output, run_it) for label, run_it in opened_files.items()}
     image = test[0][0][:1].numpy()
     timings = interleaved({label: functools.partial(run_it, image) for label, run_it in runs.items()}, ROUNDS)
     rows = []
-    for label, artifact in files.items():
+    for label, path in files.items():
         timing, correct = timings[label], accuracy(runs[label], test)
         low, high = timing.quartiles
         over = timing.median / timings["Bitsmith"].median
-        size = artifact.bytes if label in ("float", "Bitsmith") else sum(f.stat().st_size for f in artifact.files)
+        size = sum(f.stat().st_size for f in {path, path.with_suffix(".bin")} if f.exists())
         rows.append((label, timing.median, (high - low) / 2, f"{over:.2f}", f"{correct:.1%}", size))
         bench.row(name, file=label, ms=timing.median, over_ours=over, top1=correct, samples=1000, bytes=size)
     table(
@@ -100,51 +102,22 @@ def run(bench: Benchmark, target: bs.targets.Target) -> None:
 
 def peers(
     base: bs.Artifact, calibration: list[tuple[Any, Any]], folder: Path, runtime: str
-) -> Iterator[tuple[str, bs.Artifact]]:
+) -> Iterator[tuple[str, Path]]:
     """Files that other tools make of the float network with the same 256 images."""
-    from onnxruntime import quantization as q
-
-    images = [x[i : i + 1].numpy() for x, _ in calibration for i in range(len(x))]
     source = folder / "float.onnx"
     if runtime == "onnxruntime":
         source = base.path
     else:
         bs.export(resnet(), targets.OnnxRuntime(), source, calibration[0][0], batch=1)
     name = base.inputs[0][0]
-
-    class Reader(q.CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self, samples: Iterable[Any]) -> None:
-            self.left = iter(samples)
-
-        def get_next(self) -> dict[str, Any] | None:
-            found = next(self.left, None)
-            return None if found is None else {name: found}
-
-    prepared, quantized = folder / "prepared.onnx", folder / "peer-ort.onnx"
-    q.shape_inference.quant_pre_process(str(source), str(prepared))
-    q.quantize_static(
-        str(prepared), str(quantized), Reader(images), quant_format=q.QuantFormat.QDQ, per_channel=True,
-        activation_type=q.QuantType.QUInt8, weight_type=q.QuantType.QInt8,
-    )  # fmt: skip
-    yield "ONNX Runtime's quantizer", dataclasses.replace(base, path=quantized, format="onnx")
-    try:
-        import nncf
-    except ImportError:
-        print("NNCF is not installed: no figure for it (pip install -c constraints.txt -e '.[peers]')")
-        return
-    import onnx
-    import openvino
-
-    dataset = nncf.Dataset(images, lambda x: {name: x})
-    if runtime == "onnxruntime":
-        made = folder / "peer-nncf.onnx"
-        onnx.save(nncf.quantize(onnx.load(str(source)), dataset, fast_bias_correction=False), str(made))
-        yield "NNCF", dataclasses.replace(base, path=made, format="onnx")
-    else:
-        made = folder / "peer-nncf.xml"
-        network = nncf.quantize(openvino.Core().read_model(str(source)), dataset, fast_bias_correction=False)
-        openvino.save_model(network, str(made), compress_to_fp16=False)
-        yield "NNCF", dataclasses.replace(base, path=made)
+    feeds = [{name: x[i : i + 1].numpy()} for x, _ in calibration for i in range(len(x))]
+    nncf = "NNCF ONNX, accurate" if runtime == "onnxruntime" else "NNCF OpenVINO, accurate"
+    chosen = [peer for peer in FILE_PEERS if peer.name in ("ONNX Runtime, min/max", nncf)]
+    for result in made(Source(source, feeds), folder, chosen):
+        if result.path is None:
+            print(result.why)
+        else:
+            yield result.peer.name, result.path
 
 
 def resnet() -> torch.nn.Module:
@@ -159,23 +132,8 @@ def accuracy(run: Callable[[Any], Any], test: list[tuple[Any, Any]]) -> float:
     return right / sum(len(y) for _, y in test)
 
 
-def opened(target: bs.targets.Target, path: Path, ours: bool, threads: int) -> Callable[[Any], Any]:
-    """The file as a function. Peers' files run under the runtime's own defaults, ours as the target runs them."""
-    if isinstance(target, targets.OnnxRuntime):
-        import onnxruntime as ort
-
-        options = ort.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        off = ["WeightBiasQuantization"] if ours else []
-        session = ort.InferenceSession(str(path), options, ["CPUExecutionProvider"], disabled_optimizers=off)
-        entry = session.get_inputs()[0].name
-        return lambda x: session.run(None, {entry: x})[0]
-    import openvino
-
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
-    request = openvino.Core().compile_model(str(path), "CPU", settings).create_infer_request()
-    return lambda x: request.infer([x], share_inputs=True, share_outputs=True)[0]
+def first_output(run_it: Run, x: Any) -> Any:
+    return run_it([x])[0]
 
 
 def main() -> int:
