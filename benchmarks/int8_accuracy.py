@@ -39,7 +39,7 @@ from bitsmith.zoo.weights import load_npz
 
 from . import harness
 from .harness import Benchmark, table
-from .int8_peers import FILE_PEERS, Source, silent
+from .int8_peers import FILE_PEERS, Source, silent, write_float
 from .logit_peers import (
     GPTQ,
     GROUP,
@@ -232,20 +232,6 @@ def entrances(session: Session) -> dict[str, Callable[[], nn.Module]]:
         write_float(session.model, session.problem.batches[0], path, dynamic=True)
         found["Bitsmith of ONNX"] = lambda: bs.load(path)
     return found
-
-
-def write_float(model: nn.Module, example: Any, path: Path, dynamic: bool = False) -> None:
-    """The float network as ONNX, as torch writes it. ``dynamic``: any batch size, which the entrance needs."""
-    by_name = dict(example) if isinstance(example, Mapping) else None
-    args = () if by_name is not None else (example,)
-    axes: Any = None
-    if dynamic:
-        batch = {0: torch.export.Dim("batch", min=1, max=1024)}
-        axes = (batch,) if by_name is None else dict.fromkeys(by_name, batch)
-    with silent():
-        torch.onnx.export(
-            model, args, str(path), kwargs=by_name, dynamic_shapes=axes, dynamo=True, external_data=False, verbose=False
-        )
 
 
 def collect(session: Session, chosen: Sequence[LogitPeer]) -> Judged:

@@ -27,7 +27,7 @@ from bitsmith.zoo.data import data_root
 
 from .harness import Benchmark, Samples, interleaved, ratio, table
 from .int8_nets import SUBJECTS, Subject
-from .int8_peers import Source, made, silent
+from .int8_peers import Source, made, silent, write_float
 from .runtimes import OFF, RUNTIMES, Array, Run, opened, opens, products, sqnr
 
 PARTS = {"resnet50": (3.0, 8.0), "mobilenetv2": (2.5, 6.0), "bert": (6.0, 15.0)}
@@ -91,8 +91,7 @@ def files(bench: Benchmark, net: str, subject: Subject, folder: Path) -> Iterato
     """Everything that is compared, each file once for every runtime that reads it."""
     example = subject.calibration[0]
     source = folder / "float.onnx"
-    with silent():
-        torch.onnx.export(subject.model, (example,), str(source), dynamo=True, external_data=False, verbose=False)
+    write_float(subject.model, example, source)
     for runtime in RUNTIMES:
         yield File("float", source, "control", runtime)
     yield File("float, bf16", source, "control", "openvino", bfloat16=True)

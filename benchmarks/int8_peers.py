@@ -113,6 +113,33 @@ def silent() -> Iterator[None]:
         logging.disable(level)
 
 
+def write_float(model: Any, example: Any, path: Path, dynamic: bool = False) -> None:
+    """The float network as torch writes it in ONNX. ``example``: a tensor or a mapping; ``dynamic``: any batch size."""
+    import onnx
+    import torch
+
+    by_name = dict(example) if isinstance(example, Mapping) else None
+    axes: Any = None
+    if dynamic:
+        batch = {0: torch.export.Dim("batch", min=1, max=1024)}
+        axes = (batch,) if by_name is None else dict.fromkeys(by_name, batch)
+    with silent():
+        torch.onnx.export(
+            model,
+            () if by_name is not None else (example,),
+            str(path),
+            kwargs=by_name,
+            dynamic_shapes=axes,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    # the exporter leaves shapes of values that it has folded away, which NNCF takes for values of the graph
+    written = onnx.load(str(path))
+    del written.graph.value_info[:]
+    onnx.save(onnx.shape_inference.infer_shapes(written), str(path))
+
+
 # -- ONNX Runtime's own quantizer ------------------------------------------------------------------------------------
 
 
