@@ -22,13 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import nn
 
 import bitsmith as bs
 from bitsmith._files import atomic_write
 from bitsmith.data import items
+from bitsmith.prepare.adaround import AdaRound
+from bitsmith.prepare.correct_bias import CorrectBias
+from bitsmith.prepare.equalise import Equalise
+from bitsmith.prepare.gptq import Gptq
 from bitsmith.zoo import tasks
 from bitsmith.zoo.cifar_resnet import resnet20
 from bitsmith.zoo.data import data_root
@@ -386,14 +389,12 @@ def pooled(bench: Benchmark) -> None:
 
 def steps() -> dict[str, tuple[Any, ...]]:
     """The prepare steps that are compared at 4 bits, by label."""
-    from bitsmith import prepare as p
-
     return {
         "": (),
-        " + equalise": (p.Equalise(),),
-        " + bias": (p.CorrectBias(),),
-        " + AdaRound": (p.AdaRound(),),
-        " + equalise, AdaRound, bias": (p.Equalise(), p.AdaRound(), p.CorrectBias()),
+        " + equalise": (Equalise(),),
+        " + bias": (CorrectBias(),),
+        " + AdaRound": (AdaRound(),),
+        " + equalise, AdaRound, bias": (Equalise(), AdaRound(), CorrectBias()),
     }
 
 
@@ -487,20 +488,14 @@ MINUTES = {"adaround": 5.0, "gptq": 2.0}
 
 def adaround(bench: Benchmark) -> None:
     """At 4-bit weights and 8-bit activations, where rounding matters."""
-    step, peer = _step("AdaRound"), next(p for p in W4A8 if "AdaRound" in p.name)
+    step, peer = AdaRound(), next(p for p in W4A8 if "AdaRound" in p.name)
     timed(bench, "adaround", "mobilenet_v1", "AdaRound", bs.Int(4, 8), step, peer)
 
 
 def gptq(bench: Benchmark) -> None:
     """At 4-bit weights in groups, float activations: what GPTQ was made for."""
     technique = bs.Int(4, None, granularity="group", group=GROUP)
-    timed(bench, "gptq", "minilm", "GPTQ", technique, _step("Gptq"), GPTQ)
-
-
-def _step(name: str) -> Any:
-    from bitsmith import prepare
-
-    return getattr(prepare, name)()
+    timed(bench, "gptq", "minilm", "GPTQ", technique, Gptq(), GPTQ)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
