@@ -18,7 +18,7 @@ from ..model.keys import encode_key
 from ..model.network import Network
 from ..numerics.weights import folded_affine
 from ..plan import Plan
-from ..site import Format, Site
+from ..site import Format, Range, Site
 from ..technique import Cell, PrepareError
 from ._layers import Layer, fold_factor, folded_weight, layers, tensor_at, watched
 
@@ -32,7 +32,7 @@ class Matrix:
 
     ``weight``: (groups, out, in), the normalisation behind it folded in. ``scale``: (groups, out, n), n = 1 or one for
     each of n equal parts of a row. ``bias``: (groups, out). ``limits``: what the activation behind it clamps to, or
-    None. ``format``: of the integers.
+    None. ``format``: of the integers. ``range``: how the technique chooses scales; ``fixed``: an earlier step has.
     """
 
     layer: Layer
@@ -41,6 +41,8 @@ class Matrix:
     bias: Tensor
     limits: tuple[float, float] | None
     format: Format
+    range: Range = Range()  # noqa: RUF009  (frozen)
+    fixed: bool = False
 
     @property
     def step(self) -> Tensor:
@@ -155,10 +157,10 @@ def _matrices(net: Network, plan: Plan, simulated: nn.Module) -> Iterator[tuple[
         cell = additions_of(simulated).cells[encode_key(name)]
         scale, fmt = getattr(cell, "weight_scale", None), getattr(cell, "format", None)
         if isinstance(cell, Cell) and isinstance(scale, Tensor) and isinstance(fmt, Format) and fmt.symmetric:
-            yield name, _matrix(net, layer, cell, scale, fmt)
+            yield name, _matrix(net, layer, cell, scale, fmt, getattr(plan[name], "weight_range", Range()))
 
 
-def _matrix(net: Network, layer: Layer, cell: Cell, scale: Tensor, fmt: Format) -> Matrix:
+def _matrix(net: Network, layer: Layer, cell: Cell, scale: Tensor, fmt: Format, range: Range) -> Matrix:
     record, name = net.record, layer.site.name
     weight = folded_weight(record, layer)
     out = weight.shape[0]
@@ -175,6 +177,8 @@ def _matrix(net: Network, layer: Layer, cell: Cell, scale: Tensor, fmt: Format) 
         bias.reshape(shape[:2]),
         _limits(net, layer.site),
         fmt,
+        range,
+        (name, layer.slot) in record.scales,
     )
 
 
