@@ -120,7 +120,7 @@ def test_a_trained_network_comes_closer_to_float() -> None:
 
 def test_the_normalisation_that_folds_takes_it() -> None:
     model, data = small(), batches(4, seed=2)
-    net = corrected(model, bs.Plan({"left": LOW}), data).state_dict()
+    net = corrected(model, bs.Plan({"left": bs.Int(4, 8)}), data).state_dict()
     changed = [key for key, tensor in model.state_dict().items() if not torch.equal(tensor, net[key])]
     assert changed == ["norm.bias"]
     assert net.keys() == model.state_dict().keys()
@@ -186,3 +186,32 @@ def test_it_is_a_function_of_the_data_and_stands_in_a_plan() -> None:
     assert torch.equal(corrected(model, bs.Plan({}), data).stem.bias, model.stem.bias)  # type: ignore[arg-type,union-attr]
     with pytest.raises(ValueError, match="samples=1"):
         CorrectBias(1)
+
+
+class Padded(nn.Module):
+    """Most positions are padding, whose outputs are masked away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.one, self.two = nn.Linear(12, 9), nn.Linear(9, 5)
+
+    def forward(self, x: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        hidden = torch.relu(self.one(x)) * mask
+        return {"logits": self.two(hidden.sum(1) / mask.sum(1))}
+
+
+def test_means_that_mislead_are_not_applied() -> None:
+    model = Padded().eval()
+    x = vectors(64 * 8).reshape(64, 8, 12)
+    mask = torch.zeros(64, 8, 1)
+    mask[:, 0] = 1.0
+    x[:, 1:] = 3.0 * vectors(1, seed=7)  # one padding, with an error of its own
+    data = [((x, mask), torch.zeros(64))]
+    plan = bs.Plan({"one": bs.Int(2, 8)})
+    net = corrected(model, plan, data)
+    assert torch.equal(net.one.bias, model.one.bias)  # type: ignore[union-attr,arg-type]
+    # the same layer without padding is corrected
+    alone = [((x[:, :1], mask[:, :1]), torch.zeros(64))]
+    assert not torch.equal(corrected(model, plan, alone).one.bias, model.one.bias)  # type: ignore[union-attr,arg-type]

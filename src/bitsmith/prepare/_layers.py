@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from abc import ABC
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..data import call, items
+from ..data import batch_size, call, items
 from ..model.apply import additions_of
 from ..model.intercept import instrument
 from ..model.keys import encode_key
@@ -166,3 +166,25 @@ def observe(net: Network, names: Iterable[str], see: Seen, data: Any) -> None:
     with torch.no_grad():
         for inputs, _ in items(data, "calibration"):
             call(replica, inputs, net.forward)
+
+
+def first_inputs_of(data: Any, samples: int) -> Iterator[Any]:
+    """The inputs of the first calibration batches that hold so many samples together; at least one batch."""
+    seen = 0
+    for inputs, _ in items(data, "calibration"):
+        yield inputs
+        seen += batch_size(inputs)
+        if seen >= samples:
+            return
+
+
+def relative_errors(got: Tensor, wanted: Tensor) -> Tensor:
+    """Squared error / power of every sample (entry of the first axis), float64: (n,).
+
+    Summed over all samples instead, a few large ones would decide. A silent sample says little: its power counts as a
+    thousandth of the mean.
+    """
+    error, power = (
+        x.reshape(len(x) if x.dim() else 1, -1).square().sum(1, dtype=torch.float64) for x in (got - wanted, wanted)
+    )
+    return error / power.clamp_min(1e-3 * float(power.mean())).clamp_min(1e-30)

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..data import batch_size, call, items
+from ..data import call
 from ..model.apply import build
 from ..model.calibrate import calibrate
+from ..model.flow import tensors
 from ..model.formats import place
-from ..model.network import Network
+from ..model.network import Network, duplicate
 from ..numerics.weights import folded_affine
 from ..plan import Plan
 from ..technique import Cell, Step
-from ._layers import Layer, channel_axis, layers, per_channel, tensor_at, watch_cells, watched
+from ._layers import (
+    Layer,
+    channel_axis,
+    first_inputs_of,
+    layers,
+    per_channel,
+    relative_errors,
+    tensor_at,
+    watch_cells,
+    watched,
+)
 from ._links import norm_keys
 
 
@@ -33,6 +44,9 @@ class CorrectBias(Step):
     Means of few samples are uncertain: the correction of each channel is shrunk by ``t / (t + v)``, with v the variance
     of its mean over the samples and t that of the true corrections of the layer (empirical Bayes; Efron and Morris
     1973, doi:10.1080/01621459.1973.10481350). With one sample nothing can be known, and nothing is corrected.
+
+    A mean over positions can mislead: that of sentences counts their padding. So the corrections are kept only if the
+    simulated outputs of the whole network come closer to the float ones, as a part of each sample's power.
 
     Ranges stay those of the network before: a correction answers the rounding that they cause. So it belongs behind
     the other steps. Layers are left alone that have no bias and no module of torch's own that could get one.
@@ -50,9 +64,12 @@ class CorrectBias(Step):
             return net
         statistics = calibrate(net, place(plan, net.record).tensors, data)
         net = net.with_statistics(statistics)
+        model = duplicate(net.model)
         for name, shift in _shifts(net, plan, data, places, self.samples).items():
-            _add(net.model, places[name], shift)
-        return net.with_model(net.model).with_statistics(statistics)
+            _add(model, places[name], shift)
+        corrected = net.with_model(model).with_statistics(statistics)
+        before, after = _output_errors(net, (net, corrected), plan, data, self.samples)
+        return corrected if after < before else net
 
 
 @dataclass(frozen=True)
@@ -140,14 +157,10 @@ def _shifts(net: Network, plan: Plan, data: Any, places: Mapping[str, _Place], s
     reference = watched(net, places, remember)
     simulation = build(net, plan, data).eval()
     watch_cells(simulation, places, correct)
-    seen = 0
     with torch.no_grad():
-        for inputs, _ in items(data, "calibration"):
+        for inputs in first_inputs_of(data, samples):
             call(reference, inputs, net.forward)
             call(simulation, inputs, net.forward)
-            seen += batch_size(inputs)
-            if seen >= samples:
-                break
     return {
         name: _before(found.shrunk(), affine[name][0]) if name in affine and not places[name].folded else found.shrunk()
         for name, found in sums.items()
@@ -159,6 +172,21 @@ def _before(shift: Tensor, factor: Tensor) -> Tensor:
     """What must be added in front of a normalisation for ``shift`` to come out behind it; 0 for a dead channel."""
     used = factor != 0
     return torch.where(used, shift / factor.where(used, torch.ones_like(factor)), 0.0)
+
+
+def _output_errors(net: Network, candidates: Sequence[Network], plan: Plan, data: Any, samples: int) -> list[float]:
+    """How far the simulated outputs of each candidate lie from the float ones of ``net``: squared error / power, the
+    sum over samples and outputs."""
+    simulations = [build(candidate, plan, data).eval() for candidate in candidates]
+    model = duplicate(net.model).eval()
+    errors = [0.0] * len(simulations)
+    with torch.no_grad():
+        for inputs in first_inputs_of(data, samples):
+            wanted = [x for x in tensors(call(model, inputs, net.forward)) if x.is_floating_point()]
+            for index, simulation in enumerate(simulations):
+                got = [x for x in tensors(call(simulation, inputs, net.forward)) if x.is_floating_point()]
+                errors[index] += sum(float(relative_errors(a, b).sum()) for a, b in zip(got, wanted, strict=True))
+    return errors
 
 
 def _add(model: nn.Module, place: _Place, shift: Tensor) -> None:

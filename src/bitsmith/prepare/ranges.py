@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data import batch_size, call, items
+from ..data import call
 from ..model.calibrate import calibrate
 from ..model.intercept import instrument
 from ..model.network import Network, duplicate
@@ -22,7 +22,7 @@ from ..operations import ACTIVATIONS, OPERATIONS
 from ..plan import Plan
 from ..site import Format, Range, Record, Site
 from ..technique import Cell, Technique
-from ._layers import LayerHandler, channel_axis
+from ._layers import LayerHandler, channel_axis, first_inputs_of, relative_errors
 
 ACTIVATION_RANGES = (Range(), Range("percentile", 99.99), Range("mse"))
 WEIGHT_RANGES = (Range(), Range("mse"))
@@ -63,13 +63,9 @@ def choose_ranges(
     weights = _weight_cells(net, model, plan, weight_candidates)
     meter = _Meter(net, plan, quantizers, tensors, weights)
     instrument(model, meter, net.modules)
-    seen = 0
     with torch.no_grad():
-        for inputs, _ in items(data, "calibration"):
+        for inputs in first_inputs_of(data, samples):
             call(model, inputs, net.forward)
-            seen += batch_size(inputs)
-            if seen >= samples:
-                break
     chosen = tensors.choose(candidates, meter.tensor_errors) if candidates else {}
     sites = {}
     for name, technique in plan.sites.items():
@@ -212,10 +208,9 @@ class _Meter(LayerHandler):
 
     def _add(self, name: str, tensor: str, method: Range, got: Tensor, wanted: Tensor) -> None:
         found = self.sums[name, tensor, method]
-        error, power = (_by_sample(x) for x in (got - wanted, wanted))
-        # a silent sample says little: its error counts as a part of a thousandth of the mean power
-        found[0] += float((error / power.clamp_min(1e-3 * float(power.mean())).clamp_min(1e-30)).sum())
-        found[1] += len(error)
+        errors = relative_errors(got, wanted)
+        found[0] += float(errors.sum())
+        found[1] += len(errors)
 
     @property
     def tensor_errors(self) -> dict[tuple[str, Range], float]:
@@ -247,8 +242,3 @@ def _finish(record: Record, site: Site) -> Callable[[Tensor, bool], Tensor]:
         return x
 
     return finish
-
-
-def _by_sample(x: Tensor) -> Tensor:
-    """The squared length of each entry of the first axis, float64."""
-    return x.reshape(len(x) if x.dim() else 1, -1).square().sum(1, dtype=torch.float64)
