@@ -243,7 +243,10 @@ def neural_compressor(problem: Problem, folder: Path) -> Predict:
 
 
 def brevitas(bits: int = 8) -> Callable[[Problem, Path], Predict]:
-    """``quantize`` (transformers: ``layerwise_quantize``) with weights per channel, calibration, bias correction."""
+    """``quantize`` with weights per channel, calibration, bias correction.
+
+    ``layerwise_quantize`` for transformers, whose graph it cannot trace, and where its tensors do not pass.
+    """
 
     def build(problem: Problem, folder: Path) -> Predict:
         from brevitas.graph import quantize as q
@@ -258,11 +261,21 @@ def brevitas(bits: int = 8) -> Callable[[Problem, Path], Predict]:
             }
 
         model, batches = _alone(problem)
+
+        def layerwise() -> Any:
+            folded = copy.deepcopy(model) if problem.transformer else q.preprocess_for_quantize(copy.deepcopy(model))
+            return q.layerwise_quantize(folded, compute_layer_map=per_channel(q.LAYERWISE_COMPUTE_LAYER_MAP))
+
         if problem.transformer:
-            quantized = q.layerwise_quantize(model, compute_layer_map=per_channel(q.LAYERWISE_COMPUTE_LAYER_MAP))
+            quantized = layerwise()
         else:
-            prepared = q.preprocess_for_quantize(model)
+            prepared = q.preprocess_for_quantize(copy.deepcopy(model))
             quantized = q.quantize(prepared, compute_layer_map=per_channel(q.COMPUTE_LAYER_MAP))
+            try:
+                with torch.no_grad():
+                    quantized(batches[0][:1])
+            except TypeError:  # its tensors cannot be sliced, as option A shortcuts do
+                quantized = layerwise()
         quantized.eval()
         with torch.no_grad():
             with calibration_mode(quantized):
