@@ -1,4 +1,7 @@
-"""Writes the table of techniques and runtimes into README.md, from what the targets say: python docs/support.py"""
+"""Writes what is supported, from the code: python docs/support.py
+
+The table of techniques and runtimes into README.md, the table of ONNX operators into docs/onnx_operators.md.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,14 @@ import re
 from pathlib import Path
 
 from bitsmith.cli.look import example_sites, support
+from bitsmith.model.onnx_graph.table import FAMILIES, OPSETS
 from bitsmith.targets import OnnxRuntime, OpenVino, Target
 from bitsmith.technique import Technique
 from bitsmith.techniques.float_ import Float
 from bitsmith.techniques.int_ import Int
 
 README = Path(__file__).parents[1] / "README.md"
+OPERATORS = Path(__file__).parent / "onnx_operators.md"
 BEGIN, END = "<!-- support: written by docs/support.py -->\n", "<!-- /support -->\n"
 
 RUNTIMES: tuple[tuple[str, Target], ...] = (("ONNX Runtime", OnnxRuntime()), ("OpenVINO", OpenVino()))
@@ -64,5 +69,33 @@ def replaced(readme: str) -> str:
     return before + BEGIN + table() + END + rest.split(END)[1]
 
 
+def operators() -> str:
+    """The page of ONNX operators: by family, with what of each is not read."""
+    count = sum(len(family) for family in FAMILIES.values())
+    lines = [
+        "# ONNX operators",
+        "",
+        f'`bs.load("net.onnx")` reads {count} operators of the standard domain, opset {OPSETS.start} to '
+        f"{OPSETS.stop - 1}, in float32. Constants are folded; local functions are inlined; the parts of layer "
+        "normalisation, GELU, SiLU, hard swish and linear layers become the one operation that they were.",
+        "",
+        "| family | operator | not read |",
+        "|---|---|---|",
+    ]
+    for name, family in FAMILIES.items():
+        plain = sorted(op for op, entry in family.items() if not entry.note)
+        if plain:
+            lines.append(f"| {name} | {', '.join(f'`{op}`' for op in plain)} | |")
+        lines += [f"| {name} | `{op}` | {family[op].note} |" for op in sorted(family) if family[op].note]
+    lines += [
+        "",
+        "`Constant` is folded. Control flow (`If`, `Loop`, `Scan`), sequences, random numbers, custom domains, files "
+        "that are already quantized and float16 files are refused by name. This page is written by "
+        "`python docs/support.py`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 if __name__ == "__main__":
+    OPERATORS.write_text(operators(), encoding="utf-8")
     README.write_text(replaced(README.read_text(encoding="utf-8")), encoding="utf-8")

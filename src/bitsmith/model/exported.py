@@ -238,7 +238,13 @@ class _Reader:
 
     def _check(self) -> None:
         signature = self.program.graph_signature
-        mutated = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
+        sources = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        written = [node.args[0] for node in self.nodes if _name(node.target).endswith("_") and node.args]
+        mutated = [
+            *signature.buffers_to_mutate.values(),
+            *signature.user_inputs_to_mutate.values(),
+            *(sources.get(n.name, n.name) for n in written if isinstance(n, fx.Node) and n.op == "placeholder"),
+        ]
         if mutated:
             raise ExportedError(
                 f"{self.source} changes {named(mutated)} when it runs (it was exported in training mode, or the model "

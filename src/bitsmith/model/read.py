@@ -20,7 +20,7 @@ def load(path: str | Path, *, trusted: bool = False) -> nn.Module:
     A ``.pt2`` file (``torch.export.save``) is unpickled by torch, which may run whatever code is in it: say
     ``trusted=True`` only for files that you or somebody you trust wrote.
 
-    Raises :class:`OnnxError` (a ``ValueError``) or :class:`ExportedError` with what is wrong, where, and what to do.
+    Raises ``OnnxError`` or ``ExportedError``, both a ``ValueError``, with what is wrong, where, and what to do.
     """
     from .exported import load_exported
     from .onnx_graph.build import build

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from bitsmith.model.read import load
 
 Array = NDArray[Any]
-KINDS = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64, "int32": TensorProto.INT32, "bool": TensorProto.BOOL}
+KINDS = {
+    "float32": TensorProto.FLOAT,
+    "int64": TensorProto.INT64,
+    "int32": TensorProto.INT32,
+    "bool": TensorProto.BOOL,
+    "uint8": TensorProto.UINT8,
+}
 
 
 def model_of(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import keyword
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,16 +20,16 @@ from .table import OPERATORS
 from .types import DTYPES
 
 _ALIASES = frozenset({"Identity", "Dropout"})
+_RESHAPING = frozenset({"Reshape", "Unsqueeze", "Expand", "Squeeze"})
 
 
 def build(graph: Graph) -> GraphNetwork:
     """The network of a graph, in evaluation mode."""
+    names = list(graph.outputs)
     _fold(graph)
     drop_unread(graph)
     fuse(graph)
-    _fold(graph)
-    drop_unread(graph)
-    network: GraphNetwork = _Assembly(graph).network().eval()
+    network: GraphNetwork = _Assembly(graph).network(names).eval()
     return network
 
 
@@ -153,11 +153,20 @@ def _on_numbers(call: Call, hosts: frozenset[str]) -> bool:
     names = [name for name in call.node.inputs if name]
     if call.node.op in ("Shape", "Size"):
         return True
-    if not any(name in hosts for name in names):
+    if not any(name in hosts for name in names) or not _small(call):
         return False
     return all(
         name in hosts or (name in call.graph.constants and hostable(call.graph.constants[name])) for name in names
     )
+
+
+def _small(call: Call) -> bool:
+    """Whether the result is a number or a vector of known length, as far as shape inference says."""
+    kind = call.graph.types.get(next(iter(call.node.outputs)))
+    shape = kind.shape if kind is not None else None
+    if shape is None:
+        return call.node.op not in _RESHAPING
+    return len(shape) <= 1 and (call.node.op not in _RESHAPING or all(isinstance(size, int) for size in shape))
 
 
 def _operation(label: str, built: Built) -> Operation:
@@ -179,7 +188,7 @@ class _Assembly:
         self.tied: dict[tuple[str, ...], Tensor] = {}
         self.steps: list[tuple[str, Compute | None, list[str], list[str]]] = []
 
-    def network(self) -> GraphNetwork:
+    def network(self, output_names: Sequence[str]) -> GraphNetwork:
         for node in self.graph.nodes:
             self._add(node)
         graph = self.graph
@@ -192,7 +201,7 @@ class _Assembly:
             self.slots.setdefault(name, len(self.slots))
         network = GraphNetwork(
             inputs,
-            [_legal(name) for name in graph.outputs],
+            argument_names(output_names),
             Program(
                 self._steps(),
                 tuple(self.slots[name] for name in graph.outputs),
@@ -247,7 +256,7 @@ class _Assembly:
             child.register_buffer(name, tensor)
 
     def _path(self, node: Node) -> str:
-        name = _legal(re.sub(r"_output_\d+$", "", next((n for n in node.outputs if n), node.op)))
+        name = _legal(re.sub(r"_output_\d+$", "", node.place or next((n for n in node.outputs if n), node.op)))
         return unique(name, {*self.children, *RESERVED})
 
     def _input(self, original: str, name: str) -> Input:

@@ -83,7 +83,8 @@ def _replace(
 ) -> bool:
     """``last`` becomes ``op``; it is named after ``head``, the node where it began."""
     at = next(index for index, node in enumerate(graph.nodes) if node is last)
-    graph.nodes[at] = Node(op, inputs, [last.outputs[0]], dict(attributes), (head or last).label)
+    first = head or last
+    graph.nodes[at] = Node(op, inputs, [last.outputs[0]], dict(attributes), first.label, first.outputs[0])
     return True
 
 

@@ -89,7 +89,8 @@ class ValueType:
 class Node:
     """One node of the graph. An input or output that is left out is "".
 
-    ``name``: the node's own name in the file, perhaps empty or repeated.
+    ``name``: the node's own name in the file, perhaps empty or repeated. ``place``: the value that its path is made
+    from, where it stands for several nodes; else its first output.
     """
 
     op: str
@@ -97,6 +98,7 @@ class Node:
     outputs: list[str]
     attributes: dict[str, Any]
     name: str = ""
+    place: str = ""
 
     @property
     def label(self) -> str:

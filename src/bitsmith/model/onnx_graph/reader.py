@@ -51,17 +51,17 @@ def read_graph(path: Path) -> Graph:
             constants[proto.output[0]] = _constant(attributes)
             continue
         nodes.append(Node(proto.op_type, list(proto.input), list(proto.output), attributes, proto.name))
-    types = _types(model, path)
     found = Graph(
         [value.name for value in graph.input if value.name not in constants],
         [value.name for value in graph.output],
         nodes,
         constants,
-        types,
+        {},
         opset,
         path.name,
     )
     _check_values(found)
+    found.types.update(_types(model, path))
     return found
 
 

@@ -131,6 +131,9 @@ def _split(call: Call) -> Compute | Built:
     return (lambda *arguments: compute(*arguments)[0]) if outputs == 1 else compute
 
 
+_GREATEST = (2**31 - 1, 2**63 - 1)
+
+
 def _slice(x: Tensor, starts: Any, ends: Any, axes: Any = None, steps: Any = None) -> Tensor:
     starts, ends = host.vector(starts), host.vector(ends)
     axes = tuple(range(len(starts))) if axes is None else host.vector(axes)
@@ -140,17 +143,23 @@ def _slice(x: Tensor, starts: Any, ends: Any, axes: Any = None, steps: Any = Non
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
         axis %= x.dim()
         if step > 0:
-            index[axis] = slice(start, end, step)
+            index[axis] = slice(_bound(start), _bound(end), step)
             continue
         # x[start:end:-s] of the flipped axis
         size = x.shape[axis]
-        first = min(start + size if start < 0 else start, size - 1)
-        last = max(end + size if end < 0 else end, -1)
+        first = max(min(start + size if start < 0 else start, size - 1), 0)
+        # backwards to the greatest integer is to the first element, as ONNX Runtime reads it
+        last = -1 if end in _GREATEST else max(end + size if end < 0 else end, -1)
         index[axis] = slice(size - 1 - first, max(size - 1 - last, size - 1 - first), -step)
         backwards.append(axis)
     if backwards:
         x = x.flip(backwards)
     return x[tuple(index)]
+
+
+def _bound(at: Any) -> Any:
+    """A bound of a slice; the least int64 means before the first element, which torch would warn about."""
+    return at if not isinstance(at, int) or at > -(2**62) else 0
 
 
 def _pad(call: Call) -> Compute:
