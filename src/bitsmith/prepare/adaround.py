@@ -155,10 +155,10 @@ class _Rounding:
     def _soften(self, span: slice) -> None:
         """``h = clip(sigmoid(v) (zeta - gamma) + gamma, 0, 1)`` and its slope, and the weights."""
         h, slope = self.h[span], self.slope[span]
-        torch.sigmoid(self.v[span], out=h)
-        torch.mul(h, 1 - h, out=slope).mul_(_ZETA - _GAMMA)
-        h.mul_(_ZETA - _GAMMA).add_(_GAMMA)
-        slope.masked_fill_((h < 0) | (h > 1), 0)
+        torch.sigmoid(self.v[span], out=h).mul_(_ZETA - _GAMMA).add_(_GAMMA)
+        # the sigmoid's slope by h is (h - gamma) (zeta - h) / (zeta - gamma); 0 where h is clipped
+        torch.mul(h, 1 - h, out=slope)
+        torch.threshold_(slope, 0.0, _GAMMA * _ZETA).sub_(_GAMMA * _ZETA).div_(_ZETA - _GAMMA)
         h.clamp_(0, 1)
         torch.add(self.down.view(-1)[span], h, out=self.weight.view(-1)[span]).mul_(self.step[span])
 
