@@ -37,7 +37,8 @@ def quantize(
     """
     target = target or OnnxRuntime()
     technique = technique or Int(8, 8)
-    net = network(model, first_inputs(calibration), forward=forward)
+    inputs = first_inputs(calibration)
+    net = network(model, inputs, forward=forward, inside=True)
     left: set[str] = set()
     for pattern in exclude:
         hits = {name for name in net.record.sites if name == pattern or fnmatch.fnmatchcase(name, pattern)}
@@ -56,6 +57,7 @@ def quantize(
             chosen[name] = technique
         elif isinstance(verdict, No):
             reasons[f"{site.kind}: {verdict}"] = None
+    net = network(model, inputs, forward=forward, names=chosen)
     plan = target.adapt(Plan(chosen), net.record)
     if not plan.sites:
         raise ValueError(

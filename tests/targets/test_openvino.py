@@ -80,12 +80,12 @@ def test_a_network_of_integers_runs_in_integers_and_as_simulated(residual: Any, 
     applied, artifact = exported(net, plan, data, tmp_path / "net.xml")
     ran, expected = TARGET.inspect(artifact), TARGET.realise(plan, record)
     integer = {"stem", "conv1", "conv2", ":mean", "fc"}
-    assert set(plan.sites) == integer
+    assert set(plan.sites) == {*integer, ":add"}
+    assert plan[":add"] == Float(out=Format(8))
     assert {name for name, r in ran.items() if r.precision == "int8"} == integer
     assert {name for name, r in expected.items() if getattr(r, "precision", "") == "int8"} == integer
     assert set(ran) == set(record.sites)
-    assert ran[":add"].precision == "float32"
-    assert {ran[name].precision for name in ("norm1", "norm2", ":relu6", ":relu")} == {"folded"}
+    assert {ran[name].precision for name in ("norm1", "norm2", ":relu6", ":relu", ":add")} == {"folded"}
     for sample in data[1][0]:
         (got,) = TARGET.run(artifact, [sample[None].numpy()])
         np.testing.assert_allclose(got, applied(sample[None]).detach().numpy(), atol=2e-5)
@@ -104,18 +104,44 @@ def test_integer_kernels_need_no_integer_neighbours(residual: Any, tmp_path: Pat
     np.testing.assert_allclose(TARGET.run(artifact, [x.numpy()])[0], applied(x).detach().numpy(), atol=1e-5)
 
 
-def test_adapt_leaves_additions_in_float_and_is_idempotent(residual: Any) -> None:
+def test_adapt_stores_sums_for_their_integer_readers_and_is_idempotent(residual: Any) -> None:
     net, data = residual
     plan, record = everything(net, data, Int(8, 8, symmetric=True, signed=True))
-    plan = plan.replace(groups=(("conv1", ":add"), ("conv2", "stem")))
+    plan = plan.replace(groups=(("fc", ":add"), ("conv2", "conv1")))
     adapted = TARGET.adapt(plan, record)
-    assert set(plan.sites) - set(adapted.sites) == {":add"}
-    assert adapted.groups == (("conv2", "stem"),)
-    assert all(not t.signed and not t.symmetric for t in adapted.sites.values())  # type: ignore[attr-defined]
+    assert list(adapted.sites) == list(plan.sites)
+    assert adapted[":add"] == Float(out=Format(8))
+    assert adapted.groups == (("conv2", "conv1"),)
+    assert all(not t.signed and not t.symmetric for t in adapted.sites.values() if isinstance(t, Int))
     assert TARGET.adapt(adapted, record) == adapted
-    verdict = TARGET.supports(INT8, record.sites[":add"])
-    assert isinstance(verdict, No)
-    assert "in float" in verdict.reason
+    alone = TARGET.adapt(Plan({":add": INT8, "conv1": INT8}), record)  # nothing reads the sum as integers
+    assert set(alone.sites) == {"conv1"}
+
+
+def test_of_two_layers_before_a_sum_one_stores_its_output(tmp_path: Path) -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.left = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+            self.right, self.head = nn.Conv2d(16, 16, 1), nn.Conv2d(16, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.stem(x))
+            return self.head(self.left(x) + self.right(x))
+
+    torch.manual_seed(1)
+    net = Branches().eval()
+    data = [(torch.randn(8, 3, 12, 12), None) for _ in range(2)]
+    plan, record = everything(net, data)
+    plan = TARGET.adapt(plan, record)
+    assert [name for name in ("left", "right") if plan[name].out is not None] == ["right"]  # type: ignore[attr-defined]
+    applied, artifact = exported(net, plan, data, tmp_path / "net.xml")
+    ran = TARGET.inspect(artifact)
+    assert ran[":add"].precision == "folded"
+    assert all(ran[name].precision == "int8" for name in ("stem", "left", "right", "head"))
+    for sample in data[1][0]:
+        (got,) = TARGET.run(artifact, [sample[None].numpy()])
+        np.testing.assert_allclose(got, applied(sample[None]).detach().numpy(), atol=2e-5)
 
 
 def test_values_of_tensors_are_what_the_sites_computed(residual: Any, tmp_path: Path) -> None:

@@ -32,9 +32,9 @@ def derive(
 
     ``full``: of ``full_plan``; ``base``: of the float plan with the same ``prepare`` steps. Both of one network and
     example, materialised, in the same opset (which the result keeps). ``plan`` and ``full_plan`` are adapted plans.
-    Every site of ``plan`` is float or computed as in ``full_plan``; output formats (``Int.out``) may differ.
+    Every site of ``plan`` is float or computed as in ``full_plan``; output formats (``out``) may differ.
 
-    None if the file cannot be derived, and must be exported: other techniques than ``Int`` and ``Float()``, a
+    None if the file cannot be derived, and must be exported: other techniques than ``Int`` and ``Float``, a
     quantizer that ``full`` does not hold, float and quantized graphs that the exporter gave different structures.
     """
     if not _is_part(plan, full_plan, record) or opset_of(full) != opset_of(base):
@@ -62,7 +62,8 @@ def _is_part(plan: Plan, full_plan: Plan, record: Record) -> bool:
         site = record.site(name)
         for technique in (mine, theirs):
             # a composite computed whole has another graph than its inside
-            if technique not in (None, Float()) and not isinstance(technique, Int):
+            floating = technique is None or (isinstance(technique, Float) and technique.dtype == "float32")
+            if not floating and not isinstance(technique, Int):
                 return False
             if technique is not None and (site.role == "composite" or site.kind == "module"):
                 return False

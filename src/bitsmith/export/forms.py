@@ -1,8 +1,9 @@
-"""The forms of the exported graph that ONNX Runtime fuses into integer kernels (read back on 1.31).
+"""The forms of the exported graph that runtimes fuse into integer kernels (read back on 1.31 and 2026.4).
 
 ONNX Runtime matches exact patterns: a spatial ReduceMean between quantizers stays in float, as does anything with a
 float bias (cells give it as int32 in units of ``s_x s_w``). With an integer bias, ``MatMul + Add`` on more than two
-axes becomes one QGemm by itself. The rewritings keep every value.
+axes becomes one QGemm by itself. OpenVINO adds inside a convolution only behind a quantizer, whose rounding it then
+leaves out. The rewritings keep every value that the runtime computes.
 """
 
 from __future__ import annotations
@@ -30,6 +31,55 @@ if TYPE_CHECKING:
 def onnxruntime_form(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model in the form that ONNX Runtime's integer fusions match."""
     return rewritten(model, spatial_means, quantize_before_reshape, merge_duplicates)
+
+
+def openvino_form(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model in the form in which OpenVINO's convolutions take in residual additions."""
+    return rewritten(model, sums_in_convolutions)
+
+
+def sums_in_convolutions(graph: ir.Graph) -> None:
+    """``Conv -> Add(stored integers) -> [Relu] -> Quantize``: a wide quantizer goes behind the convolution.
+
+    With it the plugin computes all four in one kernel, which clips but does not round in between (read back: the
+    result is that of the unrounded sum). Twice the larger range of both ends leaves nothing to clip.
+    """
+    import onnx_ir as ir
+
+    for node in list(graph):
+        if node.op_type != "Add" or len(node.inputs) != 2:
+            continue
+        ends = [value.producer() if value is not None else None for value in node.inputs]
+        stored = next((end for end in ends if end is not None and end.op_type == DEQUANTIZE), None)
+        branch = next((end for end in ends if end is not None and end.op_type == "Conv"), None)
+        if stored is None or branch is None or len(branch.outputs[0].uses()) != 1:
+            continue
+        quantizers = _quantizers(node)
+        scales = [constant(end.inputs[1]) for end in (stored, *quantizers)]
+        sizes = [float(scale.max()) for scale in scales if scale is not None and scale.size == 1]
+        if not quantizers or len(sizes) != len(scales) or branch.outputs[0].is_graph_output():
+            continue
+        name, value = node.name, branch.outputs[0]
+        wide = initializer(graph, f"{name}.range", np.array(2.0 * 255 / 127 * max(sizes), dtype=np.float32))
+        zero = initializer(graph, f"{name}.zero", np.array(0, dtype=np.int8))
+        rounded = ir.node(QUANTIZE, [value, wide, zero], name=f"{name}.Fusing.Quantize")
+        back = ir.node(DEQUANTIZE, [rounded.outputs[0], wide, zero], name=f"{name}.Fusing.Dequantize")
+        for made, suffix in ((rounded, "quantized"), (back, "dequantized")):
+            made.outputs[0].name, made.outputs[0].shape = f"{value.name}.{suffix}", value.shape
+        rounded.outputs[0].type = ir.TensorType(ir.DataType.INT8)
+        back.outputs[0].type = value.type
+        graph.insert_before(node, [rounded, back])
+        node.replace_input_with(node.inputs.index(value), back.outputs[0])
+
+
+def _quantizers(node: ir.Node) -> list[ir.Node]:
+    """The quantizers that alone read a node, an activation in between allowed; none if anything else reads it."""
+    readers = [use.node for use in node.outputs[0].uses()]
+    if len(readers) == 1 and readers[0].op_type in ("Relu", "Clip"):
+        node = readers[0]
+        readers = [use.node for use in node.outputs[0].uses()]
+    quantized = all(reader.op_type == QUANTIZE for reader in readers) and not node.outputs[0].is_graph_output()
+    return readers if quantized else []
 
 
 def spatial_means(graph: ir.Graph) -> None:

@@ -16,12 +16,14 @@ import numpy as np
 from torch import nn
 
 from .._files import check_writable
+from ..export.forms import openvino_form
 from ..export.names import site_names
 from ..export.onnx import site_map, to_onnx
 from ..export.program import applied_program
 from ..model.apply import is_applied, plan_of
+from ..model.formats import place
 from ..plan import Plan
-from ..site import Record, Site
+from ..site import Format, Record, Site
 from ..store import machine_key
 from ..technique import No, Technique
 from ..techniques.float_ import Float
@@ -47,8 +49,8 @@ is a linear layer and takes affine ones."""
 FUSING = frozenset({"conv1d", "conv2d", "conv3d", "linear"})
 """Absorb the normalisation and the activation behind them in float as well."""
 
-ADDITIONS = frozenset({"add", "sub", "mul"})
-"""Computed in float whatever is asked: fused into the convolution before, or into one elementwise kernel."""
+ELEMENTWISE = frozenset({"sub", "mul"})
+"""Computed in float whatever is asked, in one elementwise kernel."""
 
 
 @dataclass(frozen=True)
@@ -83,32 +85,43 @@ class OpenVino(Target):
             return True
         if form != "dialect":
             return No(f"OpenVINO has no operation {form!r}")
-        if site.kind in ADDITIONS:
+        if site.kind in ELEMENTWISE or (site.kind == "add" and len(site.activations) < 2):
             return No(
                 f"OpenVINO computes {site.kind} in float, fused into its neighbours: quantizing its operands saves no "
                 "time and makes the run differ from the simulation"
             )
-        if site.kind not in AFFINE | SYMMETRIC:
+        if site.kind not in AFFINE | SYMMETRIC | {"add"}:
             return No(f"OpenVINO has no integer kernel for {site.kind}")
         refusal = integer_refusal(technique, site, "OpenVINO")
         refusal = _shape_refusal(site) if refusal is None else refusal
         return True if refusal is None else refusal
 
     def adapt(self, plan: Plan, record: Record) -> Plan:
-        """Additions left in float; activations unsigned affine, or signed symmetric where no zero point is taken.
+        """Activations unsigned affine, or signed symmetric where no zero point is taken; additions fused.
 
-        Readers alone decide: an integer kernel whose output stays float is one here, so no output format is put in.
+        Readers alone decide: an integer kernel whose output stays float is one here. A residual addition is computed
+        inside the convolution before it, from float, and is as fast as that convolution where its other operand and
+        its result are stored in 8 bits: it becomes ``Float(out=...)``, and stays float where no integer site reads it.
         """
-        sites = {}
+        sites: dict[str, Technique] = {}
+        additions = []
         for name, technique in plan.sites.items():
             site = record.site(name)
             if isinstance(technique, Int) and technique.a is not None:
-                if site.kind in ADDITIONS:
+                if site.kind == "add":
+                    additions.append(site)
+                if site.kind in ELEMENTWISE | {"add"}:
                     continue
                 symmetric = _needs_symmetric(site)
                 technique = dataclasses.replace(technique, signed=symmetric, symmetric=symmetric)
             sites[name] = technique
-        groups = (tuple(name for name in group if name in sites or name not in plan.sites) for group in plan.groups)
+        _fuse_additions(additions, sites, record)
+        sites = {name: sites[name] for name in plan.sites if name in sites}
+        # what became of an addition, or of the layer whose output it takes in, is no shared decision
+        groups = (
+            tuple(name for name in group if plan.get(name) is None or _same_but_out(plan[name], sites.get(name)))
+            for group in plan.groups
+        )
         return plan.replace(sites=sites, groups=tuple(group for group in groups if len(group) > 1))
 
     def realise(self, plan: Plan, record: Record) -> Mapping[str, Realised | No]:
@@ -143,7 +156,7 @@ class OpenVino(Target):
     ) -> Artifact:
         """Read a graph into OpenVINO and save it, its weights and its map."""
         openvino = _openvino()
-        path, exported = Path(path), model
+        path, exported = Path(path), openvino_form(model)
         if path.suffix != ".xml":
             raise ValueError(
                 f"{path}: OpenVINO reads a network from an .xml file and its weights from the .bin beside it"
@@ -311,6 +324,40 @@ def _request(compiled: ov.CompiledModel, artifact: Artifact) -> ov.InferRequest:
     for index, array in enumerate(sample_inputs(artifact)):
         request.set_input_tensor(index, _openvino().Tensor(array))
     return request
+
+
+def _same_but_out(before: Technique, after: Technique | None) -> bool:
+    if not isinstance(before, Int):
+        return before == after
+    return isinstance(after, Int) and after.out == before.out
+
+
+def _fuse_additions(additions: Sequence[Site], sites: dict[str, Technique], record: Record) -> None:
+    """Have sums stored in the format of their integer readers, and one operand of each as well."""
+    heads = {member: site.name for site in record.sites.values() for member in site.epilogue}
+    formats: dict[str, set[Format]] = {}
+    for tensor, fmt, _ in place(Plan(sites), record).reads.values():
+        if not fmt.symmetric and not record.tensors[tensor].is_output:
+            formats.setdefault(tensor, set()).add(fmt)
+    for addition in additions:
+        if len(formats.get(addition.tail, ())) != 1:
+            continue
+        (fmt,) = formats[addition.tail]
+        sites[addition.name] = Float(out=fmt)
+        branches = []
+        for operand in addition.activations:
+            info = record.tensors[operand.tensor]
+            head = heads.get(info.producer, info.producer)
+            technique = sites.get(head)
+            if not isinstance(technique, Int) or technique.a is None:
+                continue
+            if info.readers == (addition.name,):
+                branches.append((head, technique, dataclasses.replace(fmt, range=technique.range)))
+            elif len(formats.get(operand.tensor, ())) == 1:  # others read it as integers: so does the sum
+                sites[head] = dataclasses.replace(technique, out=next(iter(formats[operand.tensor])))
+        if len(branches) == 2:  # only one of them can take the other in
+            head, technique, stored = branches[-1]
+            sites[head] = dataclasses.replace(technique, out=stored)
 
 
 def _needs_symmetric(site: Site) -> bool:

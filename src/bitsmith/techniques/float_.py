@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..site import Record, Site
+from ..site import Format, Record, Site
 from ..technique import Cell, No, Technique
 
 
@@ -16,22 +16,35 @@ from ..technique import Cell, No, Technique
 class Float(Technique):
     """Floating point, as the model computes it (IEEE 754).
 
-    ``dtype="bfloat16"`` rounds operands and result to bfloat16, for targets that have it.
+    ``dtype="bfloat16"`` rounds operands and result to bfloat16, for targets that have it. ``out``: integer format in
+    which the output is stored behind its epilogue: a sum in float that all its readers see rounded, put in by
+    ``target.adapt`` where a runtime adds inside the convolution before.
 
     >>> Float()
-    Float(dtype='float32')
+    Float()
+    >>> Float("bfloat16")
+    Float(dtype='bfloat16')
     """
 
     dtype: Literal["float32", "bfloat16"] = "float32"
+    out: Format | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"Float(dtype={self.dtype!r}): must be 'float32' or 'bfloat16'")
 
+    def __repr__(self) -> str:
+        parts = [f"dtype={self.dtype!r}"] if self.dtype != "float32" else []
+        parts += [f"out={self.out!r}"] if self.out is not None else []
+        return f"Float({', '.join(parts)})"
+
     def fits(self, site: Site) -> bool | No:
         if self.dtype != "float32" and site.kind == "module":
             return No("a whole module runs in the precision of its parameters")
         return True
+
+    def writes(self, site: Site) -> Format | None:
+        return self.out
 
     def bits(self, site: Site) -> float:
         return site.parameter_bytes * (8.0 if self.dtype == "float32" else 4.0)
