@@ -160,8 +160,13 @@ def onnxruntime_static(
         start = source.model
         if optimizer:
             start = _optimized(source, folder / "optimized.onnx")
-        # symbolic inference does not know the operators that the optimizer puts in
-        q.shape_inference.quant_pre_process(str(start), str(prepared), skip_symbolic_shape=optimizer)
+        # symbolic inference does not know the optimizer's operators, nor some of a transformer's masks
+        try:
+            q.shape_inference.quant_pre_process(str(start), str(prepared), skip_symbolic_shape=optimizer)
+        except Exception:
+            if optimizer:
+                raise
+            q.shape_inference.quant_pre_process(str(start), str(prepared), skip_symbolic_shape=True)
         q.quantize_static(
             str(prepared),
             str(path),
