@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import warnings
 from pathlib import Path
 
@@ -33,7 +32,7 @@ def trained() -> nn.Module:
 
 
 @pytest.mark.data
-@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
+@pytest.mark.parametrize("exporter", ["dynamo", pytest.param("torchscript", marks=pytest.mark.slow)])
 def test_the_file_is_the_network(trained: nn.Module, exporter: str, tmp_path: Path) -> None:
     path, x = tmp_path / "resnet20.onnx", images(0, 16)
     with warnings.catch_warnings(), quiet():
@@ -57,8 +56,11 @@ def test_the_file_is_the_network(trained: nn.Module, exporter: str, tmp_path: Pa
         suffix = ".onnx" if target.name == "onnxruntime" else ".xml"
         artifact = bs.export(ours, target, tmp_path / f"int8{suffix}", x, batch=16)
         read = target.inspect(artifact)
-        counted = collections.Counter(read[site].precision for site in bs.plan_of(ours).sites)
-        assert set(counted) == {"int8"}, counted
+        # OpenVINO computes some additions within a convolution, some in float
+        sites = bs.sites(net, x)
+        chosen = [s for s in bs.plan_of(ours).sites if target.name == "onnxruntime" or sites[s].weight is not None]
+        assert len(chosen) == (30 if target.name == "onnxruntime" else 20)
+        assert {read[site].precision for site in chosen} == {"int8"}
         run = torch.from_numpy(np.asarray(target.run(artifact, [x.numpy()])[0]))
         with torch.no_grad():
             simulated = ours(x)
