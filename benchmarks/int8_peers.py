@@ -115,7 +115,6 @@ def silent() -> Iterator[None]:
 
 def write_float(model: Any, example: Any, path: Path, dynamic: bool = False) -> None:
     """The float network as torch writes it in ONNX. ``example``: a tensor or a mapping; ``dynamic``: any batch size."""
-    import onnx
     import torch
 
     by_name = dict(example) if isinstance(example, Mapping) else None
@@ -134,10 +133,6 @@ def write_float(model: Any, example: Any, path: Path, dynamic: bool = False) -> 
             external_data=False,
             verbose=False,
         )
-    # the exporter leaves shapes of values that it has folded away, which NNCF takes for values of the graph
-    written = onnx.load(str(path))
-    del written.graph.value_info[:]
-    onnx.save(onnx.shape_inference.infer_shapes(written), str(path))
 
 
 # -- ONNX Runtime's own quantizer ------------------------------------------------------------------------------------
