@@ -77,9 +77,6 @@ def _where(condition: Any, a: Any, b: Any) -> Any:
 
 def _cast(call: Call) -> Compute:
     kind = _kind(call)
-    if kind is torch.bool or kind.is_floating_point:
-        return lambda x: x.to(kind)
-    # a float beyond the range is undefined in ONNX as in torch
     return lambda x: x.to(kind)
 
 
