@@ -13,6 +13,7 @@ from onnx import numpy_helper
 from torch import nn
 
 import bitsmith as bs
+from bitsmith.model.network import network
 from bitsmith.targets import OnnxRuntime, TargetError
 from bitsmith.testing import MockTarget
 from bitsmith.verify import SiteCheck, slice_inputs
@@ -164,3 +165,27 @@ def test_samples_are_cut_along_the_batch_only() -> None:
     assert got["x"][0].tolist() == [[8, 9], [10, 11]]
     assert got["x"][1] is shared
     assert np.shape(slice_inputs((x, [x]), 0, 1)[1][0]) == (1, 2)
+
+
+class Placed(nn.Module):
+    """A sum with positions that are looked up once for the whole batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.positions, self.outer = nn.Linear(6, 6), nn.Embedding(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        place = self.positions(torch.arange(5).unsqueeze(0))
+        return self.outer((self.inner(x) + place).mean(1))
+
+
+def test_a_tensor_without_the_batch_is_compared_once(tmp_path: Path) -> None:
+    data = [(torch.randn(8, 5, 6, generator=torch.Generator().manual_seed(0)), torch.zeros(8, dtype=torch.int64))]
+    model = Placed().eval()
+    plan = bs.Plan({name: bs.Int(8, 8) for name, site in bs.sites(model, data[0][0]).items() if site.role == "integer"})
+    net = bs.apply(model, TARGET.adapt(plan, network(model, data[0][0]).record), data)
+    artifact = bs.export(net, TARGET, tmp_path / "model.onnx", data[0][0], batch=1)
+    check = bs.verify(net, artifact, data)
+    assert check.passed
+    assert [site.agree for site in check.sites if site.site == "positions"] == [1.0]
