@@ -89,12 +89,17 @@ class OnnxRuntime(Target):
         return True if refusal is None else refusal
 
     def adapt(self, plan: Plan, record: Record) -> Plan:
-        """Activations unsigned affine; an output format where the kernel needs one and the readers do not give it."""
+        """Activations unsigned affine; an output format where the kernel needs one and the readers do not give it.
+
+        Additions and products of values that no integer site reads stay float: behind them is a normalisation that
+        takes the addition in (SkipLayerNormalization), and a residual stream is what 8 bits hold worst.
+        """
         sites = {
             name: dataclasses.replace(technique, signed=False, symmetric=False)
             if isinstance(technique, Int) and technique.a is not None
             else technique
             for name, technique in plan.sites.items()
+            if not _idle(record.site(name), technique, plan, record)
         }
         written = place(plan.replace(sites=sites), record).writes
         for name, technique in sites.items():
@@ -286,6 +291,14 @@ def _session(path: Path, digest: str, target: OnnxRuntime, values: tuple[str, ..
 
 def _feed(artifact: Artifact, arrays: Sequence[Array]) -> dict[str, Array]:
     return {name: array for (name, _, _), array in zip(artifact.inputs, arrays, strict=True)}
+
+
+def _idle(site: Site, technique: Technique, plan: Plan, record: Record) -> bool:
+    """Whether quantizing it would serve nobody: an elementwise operation whose result is read as float only."""
+    if site.kind not in ("add", "mul") or not isinstance(technique, Int) or technique.out is not None:
+        return False
+    readers = record.tensors[site.tail].readers if site.tail in record.tensors else ()
+    return not any(isinstance(reader := plan.get(name), Int) and reader.a is not None for name in readers)
 
 
 def _needs_output(site: Site) -> bool:

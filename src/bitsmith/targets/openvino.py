@@ -46,6 +46,9 @@ SYMMETRIC = frozenset({"matmul", "baddbmm", "einsum", "conv_transpose1d", "conv_
 """Run in int8 only where no activation has a zero point: signed symmetric. A matrix product with a weight on the right
 is a linear layer and takes affine ones."""
 
+NEVER_NEGATIVE = frozenset({"softmax", "relu", "relu6", "sigmoid"})
+"""What they make is stored unsigned: the left operand of a product may be so even where zero points are not taken."""
+
 FUSING = frozenset({"conv1d", "conv2d", "conv3d", "linear"})
 """Absorb the normalisation and the activation behind them in float as well."""
 
@@ -113,7 +116,8 @@ class OpenVino(Target):
                 if site.kind in ELEMENTWISE | {"add"}:
                     continue
                 symmetric = _needs_symmetric(site)
-                technique = dataclasses.replace(technique, signed=symmetric, symmetric=symmetric)
+                unsigned = (0,) if symmetric and _never_negative(site.operands[0].tensor, record) else ()
+                technique = dataclasses.replace(technique, signed=symmetric, symmetric=symmetric, unsigned=unsigned)
             sites[name] = technique
         _fuse_additions(additions, sites, record)
         sites = {name: sites[name] for name in plan.sites if name in sites}
@@ -358,6 +362,12 @@ def _fuse_additions(additions: Sequence[Site], sites: dict[str, Technique], reco
         if len(branches) == 2:  # only one of them can take the other in
             head, technique, stored = branches[-1]
             sites[head] = dataclasses.replace(technique, out=stored)
+
+
+def _never_negative(tensor: str, record: Record) -> bool:
+    info = record.tensors.get(tensor)
+    producer = record.sites.get(info.producer) if info is not None else None
+    return producer is not None and producer.kind in NEVER_NEGATIVE
 
 
 def _needs_symmetric(site: Site) -> bool:

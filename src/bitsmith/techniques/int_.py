@@ -29,7 +29,8 @@ class Int(Technique):
     unless ``symmetric``, unsigned unless ``signed``; weights symmetric unless ``affine_weights``. ``granularity`` of
     the weight scales: per ``tensor``, per output ``channel``, or per ``group`` of that many entries of the reduction
     axis (axis 1). ``range``, ``weight_range``: how limits are chosen. ``out``: integer format of the output behind
-    its epilogue; runtimes that need one get it from ``target.adapt``.
+    its epilogue; runtimes that need one get it from ``target.adapt``. ``unsigned``: operands, by position, that are
+    never negative and stored so whatever ``signed`` says: one bit more for what comes from a softmax.
 
     >>> Int(8, 8)
     Int(w=8, a=8)
@@ -47,6 +48,7 @@ class Int(Technique):
     range: Range = Range()  # noqa: RUF009  (frozen)
     weight_range: Range = Range()  # noqa: RUF009
     out: Format | None = None
+    unsigned: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.w, int) or not 2 <= self.w <= 8:
@@ -71,7 +73,7 @@ class Int(Technique):
         """
         parts = []
         for name, value in self._changed():
-            if name != "out":
+            if name not in ("out", "unsigned"):
                 parts.append(f"{name}={value.method if isinstance(value, Range) else repr(value)}")
         return f"Int({', '.join(parts)})"
 
@@ -100,8 +102,12 @@ class Int(Technique):
     def reads(self, site: Site) -> tuple[Format | None, ...]:
         if self.a is None:
             return (None,) * len(site.operands)
-        fmt = Format(self.a, self.signed, self.symmetric, self.range)
-        return tuple(fmt if o.floating and not o.constant else None for o in site.operands)
+        return tuple(
+            Format(self.a, self.signed and k not in self.unsigned, self.symmetric, self.range)
+            if o.floating and not o.constant
+            else None
+            for k, o in enumerate(site.operands)
+        )
 
     def writes(self, site: Site) -> Format | None:
         return self.out
