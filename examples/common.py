@@ -9,13 +9,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 import bitsmith as bs
 from bitsmith.report.data import Report
 from bitsmith.report.terminal import summary
 from bitsmith.targets import Target
 from bitsmith.zoo.data import data_root
+from bitsmith.zoo.digits import Split
 
 
 def parser(name: str, samples: str, calibration: int, validation: int, test: int) -> argparse.ArgumentParser:
@@ -97,3 +99,49 @@ class Lines:
 
     def note(self, text: str) -> None:
         print(f"  {text}", flush=True)
+
+
+# -- networks of other frameworks, on digits --------------------------------------------------------------------------
+
+
+def digits_parser(framework: str, epochs: int) -> argparse.ArgumentParser:
+    """The options of an example that trains its own network."""
+    options = argparse.ArgumentParser(description=f"Train a small {framework} network on digits and run it in int8.")
+    options.add_argument("--target", choices=("onnxruntime", "openvino"), default="onnxruntime")
+    options.add_argument("-o", "--out", type=Path, default=Path("out"), help="gets the files (out)")
+    options.add_argument("--epochs", type=int, default=epochs, metavar="N", help=f"of training ({epochs})")
+    threads = min(2, os.cpu_count() or 1)
+    options.add_argument("--threads", type=int, default=threads, metavar="N", help=f"of the runtime ({threads})")
+    return options
+
+
+def quantize(name: str, model: nn.Module, parts: dict[str, Split], options: argparse.Namespace) -> None:
+    """8 bits on the target, printed beside float: where, accuracy of both files on the test digits, ms of one digit."""
+    runtime = target(options.target, options.threads)
+    suffix = ".onnx" if options.target == "onnxruntime" else ".xml"
+    options.out.mkdir(parents=True, exist_ok=True)
+    calibration = batches(parts["calibration"], 32)
+    one = calibration[0][0][:1]
+    net = bs.quantize(model, calibration, runtime)
+    files = {
+        "float": bs.export(model, runtime, options.out / f"{name}_float{suffix}", one),
+        "int8": bs.export(net, runtime, options.out / f"{name}_int8{suffix}", one),
+    }
+    print(f"\n== {name} on {runtime.name}")
+    for site, found in runtime.inspect(files["int8"]).items():
+        print(f"  {site:24s} {found.precision:8s} {found.reason}")
+    times = runtime.measure(list(files.values()), 200)
+    for (kind, file), timing in zip(files.items(), times, strict=True):
+        right = sum(int(runtime.run(file, [x.numpy()])[0].argmax()) == int(y) for x, y in batches(parts["test"], 1))
+        n = len(parts["test"][1])
+        error = 100 * math.sqrt(right / n * (1 - right / n) / n)
+        print(
+            f"  {kind:5s} {100 * right / n:5.1f} % of {n} test digits (standard error {error:.1f} points), "
+            f"{timing.ms:.3f} ms a digit, {file.mib:.2f} MiB"
+        )
+    print(f"  the file against its simulation: {bs.verify(net, files['int8'], calibration).whole_db:.1f} dB")
+
+
+def batches(part: Split, size: int) -> list[tuple[Tensor, Tensor]]:
+    x, y = torch.from_numpy(part[0]), torch.from_numpy(part[1])
+    return list(zip(x.split(size), y.split(size), strict=True))
