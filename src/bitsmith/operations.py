@@ -413,3 +413,23 @@ VALUE_PRESERVING: frozenset[Callable[..., Any]] = frozenset(
     )
 )
 """Functions whose output holds only values of their first input (views, copies, maxima): identity passes through."""
+
+PADDING: Mapping[Callable[..., Any], tuple[str, ...]] = {
+    F.pad: ("input", "pad", "mode", "value"),
+    torch.constant_pad_nd: ("input", "pad", "value"),
+}
+"""Functions that pad or crop, with their arguments in order; ``nn.ZeroPad2d`` and its like call the first."""
+
+
+def pads_with_zeros(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether the call surrounds its first input with zeros (or crops it, where a pad is negative).
+
+    Zero lies exactly on the grid of every quantizer, for all of their ranges hold it: identity passes through.
+    """
+    if function not in PADDING:
+        return False
+    given = {**dict(zip(PADDING[function], args, strict=False)), **kwargs}
+    value = given.get("value")
+    return given.get("mode", "constant") == "constant" and (
+        value is None or (isinstance(value, (int, float)) and value == 0)
+    )

@@ -15,9 +15,11 @@ import numpy as np
 from .rewrite import (
     DEQUANTIZE,
     QUANTIZE,
+    attributes,
     constant,
     initializer,
     merge_duplicates,
+    pads_zeros,
     replace,
     replacement,
     rewritten,
@@ -30,7 +32,9 @@ if TYPE_CHECKING:
 
 def onnxruntime_form(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model in the form that ONNX Runtime's integer fusions match."""
-    return rewritten(model, spatial_means, sums_before_normalisation, quantize_before_reshape, merge_duplicates)
+    return rewritten(
+        model, spatial_means, sums_before_normalisation, quantize_before_reshape, integer_padding, merge_duplicates
+    )
 
 
 def openvino_form(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -146,4 +150,44 @@ def quantize_before_reshape(graph: ir.Graph) -> None:
         node.replace_input_with(0, dequantize.outputs[0])
 
 
+def integer_padding(graph: ir.Graph) -> None:
+    """``Dequantize -> views -> Pad`` with zeros pads integers with the zero point, and dequantizes behind it.
+
+    A float Pad cuts the integer chain: its reader finds no Dequantize in front. Requantizing behind views is exact.
+    """
+    for node in list(graph):
+        if node.op_type != "Pad" or not pads_zeros(node):
+            continue
+        source = node.inputs[0]
+        quantized = _dequantized_before(source)
+        if source is None or quantized is None or node.outputs[0].is_graph_output():
+            continue
+        parameters = quantized.inputs[1:]
+        integers = quantized.inputs[0]
+        if source.producer() is not quantized or integers is None:
+            quantize = replacement(QUANTIZE, [source, *parameters], quantized)
+            quantize.outputs[0].shape = source.shape
+            quantize.outputs[0].type = integers.type if integers is not None else None
+            graph.insert_before(node, quantize)
+            integers = quantize.outputs[0]
+        pad = replacement("Pad", [integers, node.inputs[1], parameters[1], *node.inputs[3:]], node, attributes(node))
+        pad.outputs[0].type = integers.type
+        dequantize = replacement(DEQUANTIZE, [pad.outputs[0], *parameters], quantized)
+        dequantize.outputs[0].shape, dequantize.outputs[0].type = node.outputs[0].shape, node.outputs[0].type
+        graph.insert_before(node, [pad, dequantize])
+        replace(node.outputs[0], dequantize.outputs[0])
+
+
+def _dequantized_before(value: ir.Value | None) -> ir.Node | None:
+    """The per-tensor DequantizeLinear, with a zero point, whose values alone reach ``value``; None if there is none."""
+    node = value.producer() if value is not None else None
+    while node is not None and node.op_type in _VIEWS:
+        node = node.inputs[0].producer() if node.inputs[0] is not None else None
+    if node is None or node.op_type != DEQUANTIZE or len(node.inputs) != 3:
+        return None
+    scale, zero = constant(node.inputs[1]), constant(node.inputs[2])
+    return node if scale is not None and zero is not None and scale.ndim == zero.ndim == 0 else None
+
+
+_VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Slice", "MaxPool")
 _NEEDS_OUTPUT = ("Conv", "Gemm", "MatMul", "Add", "Mul", "GlobalAveragePool", "AveragePool")

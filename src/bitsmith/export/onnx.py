@@ -15,6 +15,7 @@ from .rewrite import (
     QUANTIZE,
     drop_implied_clips,
     fold_weight_transposes,
+    fold_zero_padding,
     merge_duplicates,
     merge_requantization,
     pack_int4,
@@ -64,9 +65,11 @@ def raw_onnx(program: ExportedProgram, opset: int | None = None) -> onnx.ModelPr
 
 
 def clean(raw: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy of a raw model without duplicates and implied clips, its nodes named after their sites."""
+    """A copy of a raw model without duplicates, implied clips and padding that a convolution can do itself, its nodes
+    named after their sites."""
     return rewritten(
         raw,
+        fold_zero_padding,
         merge_requantization,
         merge_duplicates,
         fold_weight_transposes,

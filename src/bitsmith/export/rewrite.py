@@ -113,6 +113,107 @@ def merge_requantization(graph: ir.Graph) -> None:
             replace(node.outputs[0], inner.inputs[0])  # type: ignore[arg-type]
 
 
+def fold_zero_padding(graph: ir.Graph) -> None:
+    """``Pad`` with zeros before a convolution or a mean becomes part of its ``pads``.
+
+    Exact behind and before a quantizer, for zero is one of its values; a padded quantizer gets a twin that is not.
+    """
+    import onnx_ir as ir
+
+    for node in list(graph):
+        while (found := _padded_input(node)) is not None:
+            pad, quantizers = found
+            sizes = _spatial_pads(pad, node)
+            source = pad.inputs[0]
+            if sizes is None or source is None:
+                break
+            value = source
+            for quantizer in quantizers:
+                twin = replacement(quantizer.op_type, [value, *quantizer.inputs[1:]], quantizer, attributes(quantizer))
+                twin.outputs[0].shape = source.shape
+                graph.insert_before(node, twin)
+                value = twin.outputs[0]
+            own = node.attributes.get_ints("pads", [0] * len(sizes))
+            node.attributes.add(ir.AttrInt64s("pads", [a + b for a, b in zip(own, sizes, strict=True)]))
+            if node.op_type == "AveragePool":
+                node.attributes.add(ir.AttrInt64("count_include_pad", 1))
+            node.replace_input_with(0, value)
+
+
+def _padded_input(node: ir.Node) -> tuple[ir.Node, list[ir.Node]] | None:
+    """The ``Pad`` that a window operation reads, and the quantizing nodes in between, in order."""
+    if node.op_type not in ("Conv", "AveragePool") or node.attributes.get_string("auto_pad", "NOTSET") != "NOTSET":
+        return None
+    between: list[ir.Node] = []
+    before = node.inputs[0].producer() if node.inputs[0] is not None else None
+    while before is not None and before.op_type in (QUANTIZE, DEQUANTIZE, "Clip"):
+        between.insert(0, before)
+        before = before.inputs[0].producer() if before.inputs[0] is not None else None
+    if before is None or before.op_type != "Pad" or not _keep_zero(between):
+        return None
+    return before, between
+
+
+def _keep_zero(quantizers: list[ir.Node]) -> bool:
+    """Whether nothing but whole quantizers lies there, which may clip their integers but not the zero point."""
+    zero: Array | None = None
+    for node in quantizers:
+        if node.op_type == QUANTIZE and zero is None:
+            zero = constant(node.inputs[2]) if len(node.inputs) > 2 else np.zeros((), dtype=np.uint8)
+            if zero is None:
+                return False
+        elif zero is None:
+            return False
+        elif node.op_type == DEQUANTIZE:
+            back = constant(node.inputs[2]) if len(node.inputs) > 2 else np.zeros((), dtype=np.uint8)
+            if back is None or not np.array_equal(zero, back):
+                return False
+            zero = None
+        else:
+            low, high = _bounds(node)
+            if low is None or high is None or bool((zero < low).any() or (zero > high).any()):
+                return False
+    return zero is None
+
+
+def pads_zeros(pad: ir.Node) -> bool:
+    """Whether a Pad of floats surrounds its input with zeros."""
+    fill = pad.inputs[2] if len(pad.inputs) > 2 else None
+    value = constant(fill)
+    zeros = fill is None or (value is not None and not value.any())
+    return zeros and pad.attributes.get_string("mode", "constant") == "constant"
+
+
+def _spatial_pads(pad: ir.Node, node: ir.Node) -> list[int] | None:
+    """The sizes of a Pad as the attribute of ``node``; None if they are not zeros around the spatial axes only."""
+    source, sizes = pad.inputs[0], constant(pad.inputs[1])
+    if not pads_zeros(pad) or sizes is None or source is None or source.shape is None:
+        return None
+    rank = len(source.shape)
+    given = constant(pad.inputs[3]) if len(pad.inputs) > 3 else None
+    if given is None and len(pad.inputs) > 3 and pad.inputs[3] is not None:
+        return None
+    axes = range(rank) if given is None else [int(axis) % rank for axis in given]
+    before, after = [0] * rank, [0] * rank
+    for axis, first, last in zip(axes, sizes[: len(axes)], sizes[len(axes) :], strict=True):
+        before[axis], after[axis] = int(first), int(last)
+    if any((*before[:2], *after[:2])) or min((*before, *after)) < 0:
+        return None
+    found = [*before[2:], *after[2:]]
+    if node.op_type == "AveragePool" and not _counts(node, found):
+        return None
+    return found
+
+
+def _counts(pool: ir.Node, sizes: list[int]) -> bool:
+    """Whether a mean over padded windows divides as over given zeros, within what ONNX Runtime takes."""
+    own = list(pool.attributes.get_ints("pads", [0] * len(sizes)))
+    kernel = pool.attributes.get_ints("kernel_shape", ())
+    if pool.attributes.get_int("ceil_mode", 0) or (any(own) and not pool.attributes.get_int("count_include_pad", 0)):
+        return False
+    return all(a + b < size for a, b, size in zip(own, sizes, (*kernel, *kernel), strict=True))
+
+
 def fold_weight_transposes(graph: ir.Graph) -> None:
     """``Transpose(Dequantize(W))`` of a constant 2-D weight becomes ``Dequantize(W^T)`` with the axis moved."""
     for node in list(graph):

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ..operations import BY_FUNCTION, VALUE_PRESERVING
+from ..operations import BY_FUNCTION, PADDING, VALUE_PRESERVING
 from .onnx_graph.build import RESERVED, argument_names, unique
 from .onnx_graph.errors import named
 from .onnx_graph.graph import Argument, Compute, Given, Group, Literal, Own
@@ -151,7 +151,7 @@ _KINDS = {
     **{"layer_norm": "layer_norm", "native_layer_norm": "layer_norm", "group_norm": "group_norm"},
     **{"embedding": "embedding", "convolution": "conv", "_softmax": "softmax", "_log_softmax": "log_softmax"},
 }
-_KNOWN = frozenset((*BY_FUNCTION, *VALUE_PRESERVING))
+_KNOWN = frozenset((*BY_FUNCTION, *VALUE_PRESERVING, *PADDING))
 
 
 def _name(target: Any) -> str:

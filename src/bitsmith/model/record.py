@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..operations import ACTIVATIONS, BY_FUNCTION, VALUE_PRESERVING, Operation
+from ..operations import ACTIVATIONS, BY_FUNCTION, VALUE_PRESERVING, Operation, pads_with_zeros
 from ..site import Fold, Operand, Record, Shape, Site, TensorInfo, inner_path
 from . import decompose
 from .flow import Identity, tensors
@@ -77,6 +77,7 @@ class Recorder:
         self.flow: Identity[_Origin] = Identity()
         self.constants: Identity[tuple[str, ...]] = Identity()
         self.escaped: set[_Origin] = set()
+        self.padded: set[_Origin] = set()
         self.containers: set[str] = set()
         self.runs: dict[str, list[tuple[str, int]]] = {}
         self.open: list[Key] = []
@@ -191,8 +192,11 @@ class Recorder:
                 if self.constants.of(tensor) is None:
                     self.constants.mark(tensor, depends)
             return output
-        if function in VALUE_PRESERVING and given:
+        padding = pads_with_zeros(function, args, kwargs)
+        if (padding or function in VALUE_PRESERVING) and given:
             origin = self.flow.of(given[0])
+            if padding and origin is not None:
+                self.padded.add(origin)
             if origin is not None:
                 for tensor in made:
                     if tensor.is_floating_point():
@@ -367,8 +371,9 @@ class _Assembly:
             )
             for name, (shape, dtype, producer) in shapes.items()
         }
+        padded = {self.tensor_name(origin) for origin in self.recorder.padded}
         for name in sites:
-            sites[name] = self._epilogue(sites[name], sites, infos)
+            sites[name] = self._epilogue(sites[name], sites, infos, padded)
         return Record(
             sites,
             infos,
@@ -402,7 +407,9 @@ class _Assembly:
         tensor = self.tensor_name(origin) if origin is not None else f"{name}<{index}"
         return Operand(slot.argument, tensor, slot.shape, slot.dtype, slot.constant, slot.key, slot.parameters)
 
-    def _epilogue(self, site: Site, sites: Mapping[str, Site], infos: Mapping[str, TensorInfo]) -> Site:
+    def _epilogue(
+        self, site: Site, sites: Mapping[str, Site], infos: Mapping[str, TensorInfo], padded: Set[str]
+    ) -> Site:
         """The normalisation and the ReLU-like function that only this site feeds, and whether the first can fold."""
         if site.role == "composite" or not site.writes or site.kind in ACTIVATIONS or site.kind == "batch_norm":
             return site
@@ -412,6 +419,8 @@ class _Assembly:
         while True:
             info = infos[tail]
             if info.is_output or len(info.readers) != 1 or info.readers[0] not in sites:
+                break
+            if tail in padded:  # a normalisation moves the zeros too: it cannot fold into what made the rest
                 break
             reader = sites[info.readers[0]]
             if reader.calls != site.calls or len(reader.writes) != 1:
