@@ -34,6 +34,12 @@ from .optimize import optimize as optimize
 from .plan import Budget as Budget
 from .plan import Plan as Plan
 from .plan import PlanError as PlanError
+from .prepare.adaround import AdaRound as AdaRound
+from .prepare.correct_bias import CorrectBias as CorrectBias
+from .prepare.equalise import Equalise as Equalise
+from .prepare.gptq import Gptq as Gptq
+from .prepare.ranges import choose_ranges as choose_ranges
+from .prepare.smooth import SmoothQuant as SmoothQuant
 from .profile import EdgeRow as EdgeRow
 from .profile import Profile as Profile
 from .profile import Row as Row
@@ -60,6 +66,7 @@ from .targets.base import Artifact as Artifact
 from .task import Task as Task
 from .technique import Cell as Cell
 from .technique import No as No
+from .technique import PrepareError as PrepareError
 from .technique import Step as Step
 from .technique import Technique as Technique
 from .technique import Wants as Wants
@@ -71,21 +78,25 @@ from .verify import verify as verify
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaRound",
     "Artifact",
     "Budget",
     "BudgetError",
     "CalibrationError",
     "Cell",
     "Check",
+    "CorrectBias",
     "Costs",
     "DataError",
     "Drop",
     "Edge",
     "EdgeRow",
+    "Equalise",
     "Evaluation",
     "ExportError",
     "Float",
     "Format",
+    "Gptq",
     "Int",
     "InterceptionError",
     "ModelRunError",
@@ -93,6 +104,7 @@ __all__ = [
     "Optimized",
     "Plan",
     "PlanError",
+    "PrepareError",
     "Profile",
     "Progress",
     "Range",
@@ -102,6 +114,7 @@ __all__ = [
     "Row",
     "Score",
     "Site",
+    "SmoothQuant",
     "Step",
     "Store",
     "StoreError",
@@ -111,6 +124,7 @@ __all__ = [
     "Unlabelled",
     "Wants",
     "apply",
+    "choose_ranges",
     "evaluator",
     "export",
     "load",

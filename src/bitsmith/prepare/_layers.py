@@ -185,6 +185,8 @@ def relative_errors(got: Tensor, wanted: Tensor) -> Tensor:
     thousandth of the mean.
     """
     error, power = (
-        x.reshape(len(x) if x.dim() else 1, -1).square().sum(1, dtype=torch.float64) for x in (got - wanted, wanted)
+        torch.linalg.vector_norm(x.reshape(len(x) if x.dim() else 1, -1), dim=1).double().square()
+        for x in (got - wanted, wanted)
     )
-    return error / power.clamp_min(1e-3 * float(power.mean())).clamp_min(1e-30)
+    relative: Tensor = error / power.clamp_min(1e-3 * float(power.mean())).clamp_min(1e-30)
+    return relative

@@ -34,7 +34,7 @@ def choose_ranges(
     data: Any,
     candidates: Sequence[Range] = ACTIVATION_RANGES,
     weight_candidates: Sequence[Range] = WEIGHT_RANGES,
-    samples: int = 64,
+    samples: int = 32,
 ) -> Plan:
     """The plan with the range methods that disturb the float network least on the calibration ``data``.
 

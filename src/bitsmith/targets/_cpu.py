@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import platform
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +23,7 @@ if TYPE_CHECKING:
 
 def integer_refusal(technique: Technique, site: Site, runtime: str) -> No | None:
     """Why no int8 kernel of a CPU runtime takes that technique, whatever the operation; None if it may."""
-    if site.weight is not None and weight_bits(technique, site) < 8:
+    if site.weight is not None and weight_bits(technique, site) < 7:  # 7: the reduced range of 8
         return No(f"size only: {runtime} has no kernel for weights below 8 bits, it expands them to float")
     formats = [f for f, o in zip(technique.reads(site), site.operands, strict=True) if o in site.activations]
     if not all(formats):
@@ -31,6 +35,27 @@ def integer_refusal(technique: Technique, site: Site, runtime: str) -> No | None
     if isinstance(technique, Int) and technique.affine_weights:
         return No("integer kernels take symmetric weights")
     return None
+
+
+@functools.cache
+def saturates() -> bool:
+    """Whether this processor adds pairs of 8-bit products in 16 bits, which overflow: x86 without VNNI.
+
+    ``vpmaddubsw`` saturates at 255 * 127 * 2; with weights of 7 bits (255 * 63 * 2 < 2^15) it cannot.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("flags")[2].partition("\n")[0].split())
+    except OSError:
+        return False  # not Linux: nothing tells, and full range is what runtimes assume as well
+    return not flags & {"avx512_vnni", "avx_vnni", "amx_int8"}
+
+
+def in_range(technique: Int, reduced: bool | None) -> Int:
+    """Weights of 8 bits in the reduced range of 7 if that is asked for (None: if this processor needs it)."""
+    narrow = technique.w == 8 and (saturates() if reduced is None else reduced)
+    return dataclasses.replace(technique, w=7) if narrow else technique
 
 
 def weight_bits(technique: Technique, site: Site) -> float:

@@ -27,7 +27,7 @@ from ..site import Format, Record, Site
 from ..store import machine_key
 from ..technique import No, Technique
 from ..techniques.int_ import Int
-from ._cpu import batch_of, checked, described, integer_refusal, interleaved, sample_inputs, values_of
+from ._cpu import batch_of, checked, described, in_range, integer_refusal, interleaved, sample_inputs, values_of
 from ._onnxruntime_graph import Owners, realised
 from .base import Array, Artifact, ArtifactError, Realised, SiteTimes, Source, Target, Timing
 
@@ -56,8 +56,9 @@ class OnnxRuntime(Target):
 
     ``threads``: size of the intra-operator pool; one operator runs at a time. ``spinning``: idle threads spin, as by
     default, which is faster alone and slower beside other work; they stop when a run ends, or artifacts that are
-    timed in turn would disturb each other. The optimizer ``WeightBiasQuantization`` is off: it would change numbers
-    that the plan fixed.
+    timed in turn would disturb each other. ``reduced_range``: keep 8-bit weights within 7 bits, so that sums of two
+    products cannot saturate; None: where this processor has no VNNI. The optimizer ``WeightBiasQuantization`` is off:
+    it would change numbers that the plan fixed.
 
     Activations become unsigned 8-bit affine, weights signed 8-bit symmetric. Times are ``measured``, in ms per batch.
     """
@@ -67,6 +68,7 @@ class OnnxRuntime(Target):
 
     threads: int = 2
     spinning: bool = True
+    reduced_range: bool | None = None
 
     def __post_init__(self) -> None:
         if self.threads < 1:
@@ -95,7 +97,7 @@ class OnnxRuntime(Target):
         takes the addition in (SkipLayerNormalization), and a residual stream is what 8 bits hold worst.
         """
         sites = {
-            name: dataclasses.replace(technique, signed=False, symmetric=False)
+            name: dataclasses.replace(in_range(technique, self.reduced_range), signed=False, symmetric=False)
             if isinstance(technique, Int) and technique.a is not None
             else technique
             for name, technique in plan.sites.items()

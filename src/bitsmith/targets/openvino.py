@@ -28,7 +28,7 @@ from ..store import machine_key
 from ..technique import No, Technique
 from ..techniques.float_ import Float
 from ..techniques.int_ import Int
-from ._cpu import batch_of, checked, described, integer_refusal, interleaved, sample_inputs, values_of
+from ._cpu import batch_of, checked, described, in_range, integer_refusal, interleaved, sample_inputs, values_of
 from ._openvino_graph import Owners, check_precision, compressed_sites, executed, realised
 from .base import Array, Artifact, ArtifactError, Realised, SiteTimes, Source, Target, TargetError, Timing
 
@@ -64,6 +64,8 @@ class OpenVino(Target):
     bfloat16, the plugin's own default where the processor has it. Off here: a float network then runs in float32, and
     a network that the plugin compiles to bfloat16 all the same is refused with :class:`TargetError`.
 
+    ``reduced_range``: as of :class:`~bitsmith.targets.OnnxRuntime`.
+
     Activations become unsigned 8-bit affine (signed symmetric for :data:`SYMMETRIC`), weights signed 8-bit symmetric.
     Times are ``measured``, in ms per batch. Needs the extra ``openvino``.
     """
@@ -73,6 +75,7 @@ class OpenVino(Target):
 
     threads: int = 2
     bfloat16: bool = False
+    reduced_range: bool | None = None
 
     def __post_init__(self) -> None:
         if self.threads < 1:
@@ -117,7 +120,9 @@ class OpenVino(Target):
                     continue
                 symmetric = _needs_symmetric(site)
                 unsigned = (0,) if symmetric and _never_negative(site.operands[0].tensor, record) else ()
-                technique = dataclasses.replace(technique, signed=symmetric, symmetric=symmetric, unsigned=unsigned)
+                technique = dataclasses.replace(
+                    in_range(technique, self.reduced_range), signed=symmetric, symmetric=symmetric, unsigned=unsigned
+                )
             sites[name] = technique
         _fuse_additions(additions, sites, record)
         sites = {name: sites[name] for name in plan.sites if name in sites}
