@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from bitsmith.operations import ACTIVATIONS, BY_FUNCTION, OPERATIONS
+from bitsmith.operations import ACTIVATIONS, BY_FUNCTION, OPERATIONS, pads_with_zeros
 
 G = torch.Generator().manual_seed(0)
 X, Y = torch.rand(3, 4, generator=G), torch.rand(3, 4, generator=G)
@@ -181,3 +181,37 @@ def test_the_table_is_sound() -> None:
         assert operation.inplace <= set(operation.functions), operation.kind
         assert operation.functions, operation.kind
         assert sum(len(o.functions) for o in OPERATIONS.values()) == len(BY_FUNCTION)  # no function in two rows
+
+
+class Padding(TorchFunctionMode):
+    """Asks of every call whether it pads with zeros."""
+
+    def __init__(self) -> None:
+        self.found: list[bool] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found.append(pads_with_zeros(function, args, kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("call", "zeros"),
+    [
+        (lambda: F.pad(IMAGE, (0, 1, 0, 1)), True),
+        (lambda: F.pad(input=IMAGE, pad=(0, 1), value=0), True),
+        (lambda: F.pad(IMAGE, (-1, 2), "constant", 0.0), True),
+        (lambda: nn.ZeroPad2d(1)(IMAGE), True),
+        (lambda: nn.ConstantPad1d(1, 0.0)(IMAGE), True),
+        (lambda: torch.constant_pad_nd(IMAGE, (1, 1)), True),
+        (lambda: torch.constant_pad_nd(IMAGE, (1, 1), value=1), False),
+        (lambda: F.pad(IMAGE, (1, 1), "constant", 0.5), False),
+        (lambda: F.pad(IMAGE, (1, 1), value=float("-inf")), False),
+        (lambda: F.pad(IMAGE, (1, 1, 1, 1), mode="reflect"), False),
+        (lambda: F.pad(IMAGE, (1, 1, 1, 1), "replicate"), False),
+        (lambda: IMAGE.flip(0), False),
+    ],
+)
+def test_zeros_around_a_tensor_are_told_from_other_padding(call: Callable[[], Tensor], zeros: bool) -> None:
+    with Padding() as mode:
+        call()
+    assert mode.found[0] is zeros

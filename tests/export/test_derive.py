@@ -129,6 +129,18 @@ def mixed() -> Case:
 
 
 @pytest.fixture(scope="module")
+def padded() -> Case:
+    """Convolutions behind zero padding, as TensorFlow's networks have them."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        *(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(3, 8, 3, 2, bias=False), nn.BatchNorm2d(8), nn.ReLU6()),
+        *(nn.ZeroPad2d((1, 2, 0, 1)), nn.Conv2d(8, 8, 3, 2, groups=8), nn.BatchNorm2d(8), nn.ReLU()),
+        *(nn.Conv2d(8, 6, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)),
+    )
+    return _case(net, torch.randn(2, 3, 12, 12), lambda name: Int())
+
+
+@pytest.fixture(scope="module")
 def resnet() -> Case:
     torch.manual_seed(0)
     return _case(CifarResNet(20), torch.randn(2, 3, 16, 16), lambda name: Int())
@@ -195,7 +207,7 @@ def _made_by(values: Mapping[str, str], model: onnx.ModelProto) -> dict[str, str
     return {tensor: makers.get(value, value) for tensor, value in values.items()}
 
 
-@pytest.mark.parametrize(("name", "count"), [("small", 4), ("mixed", 4), ("resnet", 2)])
+@pytest.mark.parametrize(("name", "count"), [("small", 4), ("mixed", 4), ("padded", 4), ("resnet", 2)])
 def test_derived_equals_exported(name: str, count: int, request: Any, execute: Callable[..., list[Any]]) -> None:
     case: Case = request.getfixturevalue(name)
     plans = _subplans(case, count, 0)

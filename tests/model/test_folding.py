@@ -120,7 +120,12 @@ def unknown(m: Custom, x: Tensor) -> Tensor:
     return m.norm(y) + y.abs()
 
 
-@pytest.mark.parametrize("body", [several, elsewhere, shared, between, unknown], ids=lambda f: f.__name__)
+def padded(m: Custom, x: Tensor) -> Tensor:
+    # a norm gives the zeros another value: folded into the convolution they would stay zeros
+    return m.norm(F.pad(m.conv(x), (1, 1, 1, 1)))
+
+
+@pytest.mark.parametrize("body", [several, elsewhere, shared, between, unknown, padded], ids=lambda f: f.__name__)
 def test_what_must_not_fold(body: Callable[[Custom, Tensor], Tensor]) -> None:
     torch.manual_seed(0)
     model, x = Custom(body).train(), torch.randn(4, 3, 9, 9)

@@ -190,6 +190,33 @@ def test_views_pass_identity_on_and_inputs_have_names() -> None:
     assert record.tensors[":matmul"].is_output
 
 
+@pytest.mark.parametrize(
+    ("pad", "passes"),
+    [
+        (lambda x: F.pad(x, (0, 1, 2, 0)), True),
+        (lambda x: F.pad(x, (-1, -1)), True),
+        (lambda x: torch.constant_pad_nd(x, (1, 1), 0.0), True),
+        (nn.ZeroPad2d((0, 1, 0, 1)), True),
+        (lambda x: F.pad(x, (1, 1), value=1.0), False),
+        (lambda x: F.pad(x, (1, 1, 1, 1), "replicate"), False),
+    ],
+)
+def test_zeros_around_a_tensor_pass_identity_on(pad: Any, passes: bool) -> None:
+    model = Function(lambda self, x: self.b(pad(self.a(x))), a=nn.Conv2d(3, 4, 3), b=nn.Conv2d(4, 5, 2)).eval()
+    x = torch.randn(2, 3, 9, 9)
+    record = network(model, x).record
+    assert (record.sites["b"].operands[0].tensor == "a") is passes
+    assert ("?" in record.tensors["a"].readers) is not passes
+    net = apply(model, Plan({"a": Int(8, 8), "b": Int(8, 8)}), [(x, None)])
+    written = computer_of(net).written
+    assert ("a" in written) is passes
+    if passes:  # the range is that of the tensor without its zeros' neighbourhood
+        with torch.no_grad():
+            values = apply(model, Plan({"a": Int(8, 8)}), [(x, None)]).get_submodule("a")(x)
+        low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
+        assert float(written["a"].scale) == pytest.approx((high - low) / 255, rel=0.02)
+
+
 @dataclass
 class Output:
     logits: Tensor
