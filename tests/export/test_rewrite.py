@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from bitsmith.export.rewrite import (
+    drop_identity_gathers,
     drop_implied_clips,
     fold_weight_transposes,
     merge_duplicates,
@@ -148,6 +149,26 @@ def test_only_a_clip_that_saturation_implies_is_dropped(
         _execute(alone, x), _execute(model, x)
     )
     assert (first.op_type not in operations(after)) == (same and not two_readers)
+
+
+@pytest.mark.parametrize(
+    ("indices", "left"),
+    [
+        (np.arange(24).reshape(2, 3, 4), []),
+        (np.arange(24).reshape(6, 4), ["Reshape"]),
+        (np.arange(24)[::-1].reshape(2, 3, 4), ["Reshape", "Gather"]),
+        (np.arange(12).reshape(3, 4), ["Reshape", "Gather"]),
+    ],
+    ids=["same", "reshaped", "reversed", "part"],
+)
+def test_only_a_gather_of_everything_in_order_is_dropped(indices: Array, left: list[str], execute: Any) -> None:
+    nodes = [node("Abs", "x", "a"), node("Reshape", "a one", "f"), node("Gather", "f i", "g"), node("Neg", "g", "y")]
+    model = make(nodes, {"one": np.array([-1]), "i": indices}, (2, 3, 4), ["y"])
+    model = onnx.shape_inference.infer_shapes(model)
+    after = rewritten(model, drop_identity_gathers)
+    assert operations(after) == ["Abs", *left, "Neg"]
+    x = np.random.default_rng(0).standard_normal((2, 3, 4)).astype(np.float32)
+    np.testing.assert_array_equal(execute(after, x)[0], execute(model, x)[0])
 
 
 def test_int4_refuses_what_does_not_fit() -> None:

@@ -13,6 +13,7 @@ from .program import ExportError, quiet
 from .rewrite import (
     DEQUANTIZE,
     QUANTIZE,
+    drop_identity_gathers,
     drop_implied_clips,
     fold_weight_transposes,
     fold_zero_padding,
@@ -69,6 +70,7 @@ def clean(raw: onnx.ModelProto) -> onnx.ModelProto:
     named after their sites."""
     return rewritten(
         raw,
+        drop_identity_gathers,
         fold_zero_padding,
         merge_requantization,
         merge_duplicates,

@@ -214,6 +214,28 @@ def _counts(pool: ir.Node, sizes: list[int]) -> bool:
     return all(a + b < size for a, b, size in zip(own, sizes, (*kernel, *kernel), strict=True))
 
 
+def drop_identity_gathers(graph: ir.Graph) -> None:
+    """``Reshape to one axis -> Gather`` of all elements in order: the ``as_strided`` that torch puts behind a mean of a
+    tensor whose channels lie last. It becomes nothing, or a Reshape where the shape changes."""
+    for node in list(graph):
+        indices = constant(node.inputs[1]) if node.op_type == "Gather" and node.inputs[0] is not None else None
+        flat = node.inputs[0].producer() if indices is not None and node.inputs[0] is not None else None
+        if indices is None or flat is None or flat.op_type != "Reshape" or flat.inputs[0] is None:
+            continue
+        source, shape = flat.inputs[0], constant(flat.inputs[1])
+        if shape is None or shape.size != 1 or source.shape is None or not source.shape.is_static():
+            continue
+        sizes = tuple(source.shape.numpy())
+        if math.prod(sizes) != indices.size or not np.array_equal(indices.ravel(), np.arange(indices.size)):
+            continue
+        if sizes == indices.shape and replace(node.outputs[0], source):
+            continue
+        target = initializer(graph, f"{node.name}.shape", np.array(indices.shape, dtype=np.int64))
+        made = replacement("Reshape", [source, target], node)
+        graph.insert_before(node, made)
+        replace(node.outputs[0], made.outputs[0])
+
+
 def fold_weight_transposes(graph: ir.Graph) -> None:
     """``Transpose(Dequantize(W))`` of a constant 2-D weight becomes ``Dequantize(W^T)`` with the axis moved."""
     for node in list(graph):
