@@ -62,16 +62,15 @@ def raw_onnx(program: ExportedProgram, opset: int | None = None) -> onnx.ModelPr
     assert exported is not None
     model: onnx.ModelProto = exported.model_proto
     _mark_absorbed(model, program)
-    return model
+    # torch's exporter does so itself where no quantizer stands in between: float and quantized graphs stay alike
+    return rewritten(model, fold_zero_padding)
 
 
 def clean(raw: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy of a raw model without duplicates, implied clips and padding that a convolution can do itself, its nodes
-    named after their sites."""
+    """A copy of a raw model without duplicates and implied clips, its nodes named after their sites."""
     return rewritten(
         raw,
         drop_identity_gathers,
-        fold_zero_padding,
         merge_requantization,
         merge_duplicates,
         fold_weight_transposes,
