@@ -217,7 +217,8 @@ def test_quantized_and_written_again_it_is_the_same_network(name: str, tmp_path:
     net = bs.load(write(model, inputs(2), tmp_path / "net.onnx", "dynamo" if name != "vit" else "torchscript-17"))
     data = [(inputs(4), torch.zeros(4))]
     target = bs.targets.OnnxRuntime()
-    ours, theirs = bs.quantize(net, data, target), bs.quantize(model, data, target)
+    # range choices on a few samples may fall either way where two candidates are as good
+    ours, theirs = (bs.quantize(m, data, target, choose=False, prepare=()) for m in (net, model))
     chosen, wanted = bs.plan_of(ours).sites, bs.plan_of(theirs).sites
     assert len(chosen) == len(wanted)
     with torch.no_grad():
