@@ -13,6 +13,7 @@ from torch import nn
 
 from .data import first_inputs
 from .model.apply import build
+from .model.calibrate import check_weights
 from .model.network import network
 from .plan import Plan
 from .prepare.correct_bias import CorrectBias
@@ -49,6 +50,7 @@ def quantize(
     technique = technique or Int(8, 8)
     inputs = first_inputs(calibration)
     net = network(model, inputs, forward=forward, inside=True)
+    check_weights(model)
     left: set[str] = set()
     for pattern in exclude:
         hits = {name for name in net.record.sites if name == pattern or fnmatch.fnmatchcase(name, pattern)}
