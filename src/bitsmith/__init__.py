@@ -37,6 +37,7 @@ from .plan import PlanError as PlanError
 from .prepare.adaround import AdaRound as AdaRound
 from .prepare.correct_bias import CorrectBias as CorrectBias
 from .prepare.equalise import Equalise as Equalise
+from .prepare.equalise_depthwise import EqualiseDepthwise as EqualiseDepthwise
 from .prepare.gptq import Gptq as Gptq
 from .prepare.ranges import choose_ranges as choose_ranges
 from .prepare.smooth import SmoothQuant as SmoothQuant
@@ -92,6 +93,7 @@ __all__ = [
     "Edge",
     "EdgeRow",
     "Equalise",
+    "EqualiseDepthwise",
     "Evaluation",
     "ExportError",
     "Float",

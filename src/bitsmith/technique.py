@@ -172,6 +172,9 @@ class PrepareError(ValueError):
 class Step(ABC):
     """A prepare step: reaches over several sites before the cells are built. Subclasses are frozen dataclasses."""
 
+    keeps_function: ClassVar[bool] = False
+    """Whether the float network computes the same afterwards, up to rounding, whatever the plan is."""
+
     @abstractmethod
     def prepare(self, net: Network, plan: Plan, data: Any) -> Network:
         """A network with the same function, or a better quantizable one: ``net.with_model(model)``.

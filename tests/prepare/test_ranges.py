@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import bitsmith as bs
 from bitsmith.model.formats import place
 from bitsmith.model.network import Network, network
-from bitsmith.prepare.ranges import choose_ranges
+from bitsmith.prepare.ranges import INPUT_RANGES, choose_ranges
 from bitsmith.site import Format, Range, Site
 from bitsmith.techniques.float_ import Float
 from smallnet import batches, small
@@ -192,3 +192,37 @@ def test_it_is_reproducible_and_changes_nothing_it_was_given() -> None:
     assert bs.Plan.from_json(one.to_json()) == one
     assert not net.record.statistics
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+def test_an_input_gets_the_method_with_the_least_error_of_the_whole_network() -> None:
+    """A feature that is large and does not matter: one layer's output says keep it, the network says clip it."""
+
+    class Features(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            made: Tensor = self.second(self.first(x))
+            return made
+
+    torch.manual_seed(0)
+    model = Features().eval()
+    with torch.no_grad():
+        model.first.weight.copy_(torch.eye(8))
+        model.second.weight[:, 0] = 0.0
+    x = torch.randn(512, 8)
+    x[:, 0] *= 300.0
+    data = [(x, None)]
+    net = network(model, x)
+    plan = bs.Plan({"first": bs.Int(8, 8), "second": bs.Int(8, 8)})
+    alone = choose_ranges(net, plan, data, weight_candidates=(), input_candidates=())
+    whole = choose_ranges(net, plan, data, weight_candidates=())
+    errors = {}
+    for method in INPUT_RANGES:
+        only = bs.Plan({"first": dataclasses.replace(plan["first"], range=method, w=8)})  # type: ignore[type-var]
+        net_ = bs.apply(model, only, data)
+        with torch.no_grad():
+            errors[method] = float((net_(x) - model(x)).double().square().sum(1).div(model(x).square().sum(1)).sum())
+    assert whole["first"].range == min(errors, key=lambda method: errors[method])  # type: ignore[attr-defined]
+    assert errors[whole["first"].range] < errors[alone["first"].range]  # type: ignore[attr-defined]

@@ -203,7 +203,7 @@ def build(
     plan.check(net.record)
     check_weights(net.model)
     if plan.prepare:
-        net = _prepare(net, plan, calibration)
+        net = prepared(net, plan, calibration)
     placement = place(plan, net.record)
     statistics = calibrate(net, placement.tensors, calibration, progress) if placement.tensors else {}
     record = net.with_statistics(statistics).record
@@ -316,7 +316,8 @@ def _forgetful(additions: Additions) -> list[Cell]:
     return [cell for cell in additions.cells.values() if isinstance(cell, Cell) and type(cell).reset is not Cell.reset]
 
 
-def _prepare(net: Network, plan: Plan, calibration: Any) -> Network:
+def prepared(net: Network, plan: Plan, calibration: Any) -> Network:
+    """The network behind the plan's steps, which see the plan without them."""
     net = network(duplicate(net.model), net.example, forward=net.forward, names=plan.sites)
     bare = plan.replace(prepare=())
     for step in plan.prepare:

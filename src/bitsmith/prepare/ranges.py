@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from ..data import call
 from ..model.calibrate import calibrate
+from ..model.flow import tensors as tensors_of
 from ..model.intercept import instrument
-from ..model.network import Network, duplicate
+from ..model.network import Network, duplicate, input_names
 from ..model.replay import Call
 from ..numerics.quantizer import Quantizer
 from ..numerics.ranges import limits, qparams
@@ -26,6 +28,8 @@ from ._layers import LayerHandler, channel_axis, first_inputs_of, relative_error
 
 ACTIVATION_RANGES = (Range(), Range("percentile", 99.99), Range("mse"))
 WEIGHT_RANGES = (Range(), Range("mse"))
+INPUT_RANGES = (*ACTIVATION_RANGES, Range("percentile", 99.5), Range("entropy"))
+"""Features of unlike scale in one input (cepstral coefficients) ask for narrower ranges than activations do."""
 
 
 def choose_ranges(
@@ -35,13 +39,15 @@ def choose_ranges(
     candidates: Sequence[Range] = ACTIVATION_RANGES,
     weight_candidates: Sequence[Range] = WEIGHT_RANGES,
     samples: int = 32,
+    input_candidates: Sequence[Range] = INPUT_RANGES,
 ) -> Plan:
     """The plan with the range methods that disturb the float network least on the calibration ``data``.
 
     For every activation tensor and candidate: the squared error of what its readers make of it (behind their
     normalisation and ReLU) when it alone is quantized, as a part of the output's power. Tensors that one technique
     reads share its method: that with the least sum. For every weight the same at its own output. Ties keep the earlier
-    candidate; no candidates leave that kind alone.
+    candidate; no candidates leave that kind alone. For an input of the network the error is that of the network's own
+    outputs: what one layer makes of it says too little about what matters in it.
 
     Two passes of the float network: over all ``data`` for histograms, and over the first ``samples`` samples (at least
     one batch) for errors. Sets the fields ``range``, ``weight_range`` and the range of ``out`` of techniques that have
@@ -67,6 +73,9 @@ def choose_ranges(
         for inputs in first_inputs_of(data, samples):
             call(model, inputs, net.forward)
     chosen = tensors.choose(candidates, meter.tensor_errors) if candidates else {}
+    for tensor, fmt in tensors.formats.items() if input_candidates else ():
+        if tensor.startswith("@") and tensors.alone(tensor):
+            chosen[tensor] = _input_range(net, tensor, fmt, input_candidates, data, samples)
     sites = {}
     for name, technique in plan.sites.items():
         site = net.record.sites[name]
@@ -81,6 +90,27 @@ def choose_ranges(
             changes["weight_range"] = min(weights[name], key=lambda method: meter.weight_errors[name, method])
         sites[name] = dataclasses.replace(technique, **changes) if changes else technique  # type: ignore[type-var]
     return plan.replace(sites=sites)
+
+
+def _input_range(net: Network, tensor: str, fmt: Format, candidates: Sequence[Range], data: Any, samples: int) -> Range:
+    """The method for one input with the least error at the network's outputs."""
+    wanted = [(tensor, dataclasses.replace(fmt, range=method)) for method in candidates]
+    statistics = calibrate(net, wanted, data)[tensor]
+    quantizers = [Quantizer(f, *qparams(*limits(statistics, f), f)) for _, f in wanted]
+    model = duplicate(net.model).eval()
+    errors = torch.zeros(len(candidates), dtype=torch.float64)
+    with torch.no_grad():
+        for inputs in first_inputs_of(data, samples):
+            given = input_names(net.model, inputs).get(tensor.removeprefix("@"))
+            if given is None:
+                continue
+            exact = [y.clone() for y in tensors_of(call(model, inputs, net.forward)) if y.is_floating_point()]
+            for index, quantizer in enumerate(quantizers):
+                rounded = quantizer(given)
+                changed = tree_map(lambda t, new=rounded, old=given: new if t is old else t, inputs)
+                made = [y for y in tensors_of(call(model, changed, net.forward)) if y.is_floating_point()]
+                errors[index] += sum(float(relative_errors(a, b).sum()) for a, b in zip(made, exact, strict=True))
+    return candidates[int(errors.argmin())]
 
 
 def _read(technique: Technique, site: Site) -> dict[str, Format]:
@@ -117,6 +147,10 @@ class _Tensors:
         while (above := self.leader.get(tensor, tensor)) != tensor:
             tensor = above
         return tensor
+
+    def alone(self, tensor: str) -> bool:
+        """Whether no other tensor must have its method."""
+        return all(self._find(other) != self._find(tensor) for other in self.formats if other != tensor)
 
     def _join(self, one: str, other: str) -> None:
         self.leader[self._find(other)] = self._find(one)
