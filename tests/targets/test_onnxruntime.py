@@ -121,6 +121,31 @@ def test_adapt_sets_the_activations_to_unsigned_affine_and_is_idempotent(residua
     assert TARGET.adapt(adapted, record) == adapted
 
 
+class Sums(nn.Module):
+    """Two additions in a row before a normalisation, as a transformer's embeddings have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.norm = nn.Linear(8, 8), nn.Linear(8, 8), nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.left(x) + self.right(x) + x)
+
+
+def test_sums_that_only_floats_read_stay_float_in_chains_too() -> None:
+    torch.manual_seed(0)
+    net = Sums().eval()
+    data = [(torch.randn(4, 8), None)]
+    plan, record = everything(net, data)
+    sums = [name for name, site in record.sites.items() if site.kind == "add"]
+    assert len(sums) == 2
+    plan = plan.replace(groups=(("left", "right", sums[0]),))
+    adapted = TARGET.adapt(plan, record)
+    assert not set(sums) & set(adapted.sites)
+    assert adapted.groups == (("left", "right"),)
+    assert TARGET.adapt(adapted, record) == adapted
+
+
 def test_values_of_tensors_are_what_the_sites_computed(residual: Any, tmp_path: Path) -> None:
     net, data = residual
     _, artifact = exported(net, Plan(), data, tmp_path / "net.onnx")

@@ -118,6 +118,18 @@ def test_adapt_stores_sums_for_their_integer_readers_and_is_idempotent(residual:
     assert set(alone.sites) == {"conv1"}
 
 
+@pytest.mark.parametrize("floating", [(), ("conv2",), ("stem",)])
+def test_a_sum_with_a_float_layer_runs_as_simulated(residual: Any, floating: tuple[str, ...], tmp_path: Path) -> None:
+    """The wide quantizer that fuses sums stays away from convolutions in float, behind which it would round."""
+    net, data = residual
+    plan, record = everything(net, data)
+    plan = TARGET.adapt(Plan({name: t for name, t in plan.sites.items() if name not in floating}), record)
+    applied, artifact = exported(net, plan, data, tmp_path / "net.xml")
+    for sample in data[1][0]:
+        (got,) = TARGET.run(artifact, [sample[None].numpy()])
+        np.testing.assert_allclose(got, applied(sample[None]).detach().numpy(), atol=1e-3)
+
+
 def test_of_two_layers_before_a_sum_one_stores_its_output(tmp_path: Path) -> None:
     class Branches(nn.Module):
         def __init__(self) -> None:

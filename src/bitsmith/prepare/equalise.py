@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ class Equalise(Step):
     over functions that are not homogeneous: ReLU6, hardtanh, GELU, SiLU, sigmoid. Channels without weights on one side
     stay. The function is kept up to float rounding; where no pair is found nothing changes.
     """
+
+    keeps_function: ClassVar[bool] = True
 
     iterations: int = 20
 

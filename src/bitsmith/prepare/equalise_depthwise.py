@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..model.network import Network
 from ..plan import Plan
-from ..technique import Step
-from ._layers import Layer, layers, observe
+from ..technique import PrepareError, Step
+from ._layers import Layer, channel_axis, layers, observe
 from ._links import find_links, move
 
 
@@ -46,10 +46,16 @@ class EqualiseDepthwise(Step):
 
         def see(name: str, operands: tuple[Any, ...], output: Any) -> None:
             x = operands[0].detach()
-            seen = x.abs().amax([axis for axis in range(x.dim()) if axis != _channels_of(x, watched[name].channels)])
+            axis = channel_axis(net.record.sites[name].kind, x.dim())
+            seen = x.movedim(axis, 0).flatten(1).abs().amax(1)
             ranges[name] = torch.maximum(ranges[name], seen) if name in ranges else seen
 
         observe(net, watched, see, data)
+        unseen = [name for name in watched if name not in ranges]
+        if unseen:
+            raise PrepareError(
+                f"{self}: the calibration data never reached {', '.join(unseen[:5])}; give data like the example"
+            )
         for name, link in watched.items():
             greatest = ranges[name].double().cpu()
             if float(greatest.max()) > 0:
@@ -60,8 +66,3 @@ class EqualiseDepthwise(Step):
 def _depthwise(layer: Layer) -> bool:
     """One input channel to a filter; a linear layer has no groups."""
     return layer.groups > 1 and layer.site.weight is not None and layer.site.weight.shape[1] == 1
-
-
-def _channels_of(x: Tensor, channels: int) -> int:
-    """The axis of the channels of a convolution's input: the first, without a batch, or the second."""
-    return next(axis for axis in (1, 0) if x.shape[axis] == channels)

@@ -62,6 +62,7 @@ def choose_ranges(
             for method in candidates
         ]
         statistics = calibrate(net, wanted, data)
+        net = net.with_statistics(statistics)  # the inputs' histograms are among them
         for tensor, fmt in wanted:
             scale, zero_point = qparams(*limits(statistics[tensor], fmt), fmt)
             quantizers[tensor][fmt.range] = Quantizer(fmt, scale, zero_point)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -37,6 +37,8 @@ class SmoothQuant(Step):
     are normalisations that something else reads as well (the residual addition of post-norm blocks, as in BERT), which
     no weight could undo: :meth:`groups` tells both kinds. Where there is no group nothing changes.
     """
+
+    keeps_function: ClassVar[bool] = True
 
     alpha: float | None = 0.5
 

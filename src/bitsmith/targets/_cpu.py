@@ -6,7 +6,8 @@ import dataclasses
 import functools
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,19 @@ def in_range(technique: Int, reduced: bool | None) -> Int:
     """Weights of 8 bits in the reduced range of 7 if that is asked for (None: if this processor needs it)."""
     narrow = technique.w == 8 and (saturates() if reduced is None else reduced)
     return dataclasses.replace(technique, w=7) if narrow else technique
+
+
+def shared_groups(groups: Sequence[Sequence[str]], sites: Mapping[str, Technique]) -> tuple[tuple[str, ...], ...]:
+    """The groups of an adapted plan: what was put in at some members only is no shared decision.
+
+    Each keeps the members that have its most frequent technique (the first such), and goes if that is one alone.
+    """
+    kept = []
+    for group in groups:
+        ((technique, count), *_) = Counter(sites.get(name) for name in group).most_common()
+        if count > 1:
+            kept.append(tuple(name for name in group if sites.get(name) == technique))
+    return tuple(kept)
 
 
 def weight_bits(technique: Technique, site: Site) -> float:

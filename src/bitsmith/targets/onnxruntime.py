@@ -27,7 +27,17 @@ from ..site import Format, Record, Site
 from ..store import machine_key
 from ..technique import No, Technique
 from ..techniques.int_ import Int
-from ._cpu import batch_of, checked, described, in_range, integer_refusal, interleaved, sample_inputs, values_of
+from ._cpu import (
+    batch_of,
+    checked,
+    described,
+    in_range,
+    integer_refusal,
+    interleaved,
+    sample_inputs,
+    shared_groups,
+    values_of,
+)
 from ._onnxruntime_graph import Owners, realised
 from .base import Array, Artifact, ArtifactError, Realised, SiteTimes, Source, Target, Timing
 
@@ -93,24 +103,24 @@ class OnnxRuntime(Target):
     def adapt(self, plan: Plan, record: Record) -> Plan:
         """Activations unsigned affine; an output format where the kernel needs one and the readers do not give it.
 
-        Additions and products of values that no integer site reads stay float: behind them is a normalisation that
-        takes the addition in (SkipLayerNormalization), and a residual stream is what 8 bits hold worst.
+        Additions and products that no integer site reads stay float: no kernel behind them gains from 8 bits, and a
+        residual stream is what 8 bits hold worst.
         """
+        served = _served(plan, record)
         sites = {
             name: dataclasses.replace(in_range(technique, self.reduced_range), signed=False, symmetric=False)
             if isinstance(technique, Int) and technique.a is not None
             else technique
-            for name, technique in plan.sites.items()
-            if not _idle(record.site(name), technique, plan, record)
+            for name, technique in served.items()
         }
-        written = place(plan.replace(sites=sites), record).writes
+        written = place(plan.replace(sites=sites, groups=()), record).writes
         for name, technique in sites.items():
             site = record.site(name)
             if not isinstance(technique, Int) or technique.a is None or not _needs_output(site):
                 continue
             if technique.out is None and (tail := _tail(site, record)) is not None and tail not in written:
                 sites[name] = dataclasses.replace(technique, out=Format(technique.a, range=technique.range))
-        return plan.replace(sites=sites)
+        return plan.replace(sites=sites, groups=shared_groups(plan.groups, sites))
 
     def realise(self, plan: Plan, record: Record) -> Mapping[str, Realised | No]:
         written = place(plan, record).writes
@@ -295,12 +305,17 @@ def _feed(artifact: Artifact, arrays: Sequence[Array]) -> dict[str, Array]:
     return {name: array for (name, _, _), array in zip(artifact.inputs, arrays, strict=True)}
 
 
-def _idle(site: Site, technique: Technique, plan: Plan, record: Record) -> bool:
-    """Whether quantizing it would serve nobody: an elementwise operation whose result is read as float only."""
-    if site.kind not in ("add", "mul") or not isinstance(technique, Int) or technique.out is not None:
-        return False
-    readers = record.tensors[site.tail].readers if site.tail in record.tensors else ()
-    return not any(isinstance(reader := plan.get(name), Int) and reader.a is not None for name in readers)
+def _served(plan: Plan, record: Record) -> dict[str, Technique]:
+    """The plan's sites without elementwise operations whose result is read as float only, chains of them included."""
+    kept = dict(plan.sites)
+    for name in reversed(list(record.sites)):  # readers come before what they read
+        site, technique = record.sites[name], kept.get(name)
+        if site.kind not in ("add", "mul") or not isinstance(technique, Int) or technique.out is not None:
+            continue
+        readers = record.tensors[site.tail].readers if site.tail in record.tensors else ()
+        if not any(isinstance(reader := kept.get(other), Int) and reader.a is not None for other in readers):
+            del kept[name]
+    return kept
 
 
 def _needs_output(site: Site) -> bool:

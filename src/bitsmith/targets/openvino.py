@@ -28,7 +28,17 @@ from ..store import machine_key
 from ..technique import No, Technique
 from ..techniques.float_ import Float
 from ..techniques.int_ import Int
-from ._cpu import batch_of, checked, described, in_range, integer_refusal, interleaved, sample_inputs, values_of
+from ._cpu import (
+    batch_of,
+    checked,
+    described,
+    in_range,
+    integer_refusal,
+    interleaved,
+    sample_inputs,
+    shared_groups,
+    values_of,
+)
 from ._openvino_graph import Owners, check_precision, compressed_sites, executed, realised
 from .base import Array, Artifact, ArtifactError, Realised, SiteTimes, Source, Target, TargetError, Timing
 
@@ -126,12 +136,7 @@ class OpenVino(Target):
             sites[name] = technique
         _fuse_additions(additions, sites, record)
         sites = {name: sites[name] for name in plan.sites if name in sites}
-        # what became of an addition, or of the layer whose output it takes in, is no shared decision
-        groups = (
-            tuple(name for name in group if plan.get(name) is None or _same_but_out(plan[name], sites.get(name)))
-            for group in plan.groups
-        )
-        return plan.replace(sites=sites, groups=tuple(group for group in groups if len(group) > 1))
+        return plan.replace(sites=sites, groups=shared_groups(plan.groups, sites))
 
     def realise(self, plan: Plan, record: Record) -> Mapping[str, Realised | No]:
         floating = "bfloat16" if self.bfloat16 else "float32"
@@ -333,12 +338,6 @@ def _request(compiled: ov.CompiledModel, artifact: Artifact) -> ov.InferRequest:
     for index, array in enumerate(sample_inputs(artifact)):
         request.set_input_tensor(index, _openvino().Tensor(array))
     return request
-
-
-def _same_but_out(before: Technique, after: Technique | None) -> bool:
-    if not isinstance(before, Int):
-        return before == after
-    return isinstance(after, Int) and after.out == before.out
 
 
 def _fuse_additions(additions: Sequence[Site], sites: dict[str, Technique], record: Record) -> None:
