@@ -7,9 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bitsmith.data import Unlabelled
 from bitsmith.export.forms import onnxruntime_form
 from bitsmith.export.onnx import site_map, to_onnx
-from bitsmith.export.program import exported_program
+from bitsmith.export.program import applied_program, exported_program
+from bitsmith.model.apply import apply
+from bitsmith.plan import Plan
+from bitsmith.techniques.int_ import Int
 
 
 @pytest.mark.parametrize(
@@ -50,3 +54,23 @@ def test_a_network_keeps_its_values_and_its_map(conv_net: tuple[nn.Module, Tenso
     form = onnxruntime_form(model)
     assert set(site_map(form)[1]) == set(site_map(model)[1])
     np.testing.assert_allclose(execute(form, x.numpy())[0], execute(model, x.numpy())[0], atol=0.0201)
+
+
+@pytest.mark.parametrize(
+    ("channels", "outputs", "rewritten"), [(3, 16, True), (3, 8, False), (1, 16, False), (4, 16, False)]
+)
+def test_convolutions_of_three_channels_read_four_and_compute_the_same(
+    execute: Any, channels: int, outputs: int, rewritten: bool
+) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(channels, outputs, 3, 2, 1), nn.ReLU(), nn.Conv2d(outputs, 8, 1)).eval()
+    x = torch.randn(2, channels, 9, 7)
+    program, _ = applied_program(apply(net, Plan({"0": Int(8, 8), "2": Int(8, 8)}), Unlabelled([x])), x)
+    model = to_onnx(program)
+    form = onnxruntime_form(model)
+    assert [node.op_type for node in form.graph.node].count("Pad") == rewritten
+    shapes = {tuple(initializer.dims) for initializer in form.graph.initializer}
+    assert ((outputs, 4, 3, 3) in shapes) == (rewritten or channels == 4)
+    assert ((outputs, channels, 3, 3) in shapes) != rewritten  # the narrow weights are gone
+    assert site_map(form)[1].keys() == site_map(model)[1].keys()
+    np.testing.assert_array_equal(execute(form, x.numpy())[0], execute(model, x.numpy())[0])

@@ -51,7 +51,8 @@ def choose_ranges(
 
     Two passes of the float network: over all ``data`` for histograms, and over the first ``samples`` samples (at least
     one batch) for errors. Sets the fields ``range``, ``weight_range`` and the range of ``out`` of techniques that have
-    them; techniques without stay, and so does what is read together with theirs.
+    them; techniques without stay, and so does what is read together with theirs. A group of the plan whose members
+    come to differ is no group any more.
     """
     tensors = _Tensors(plan, net.record)
     quantizers: dict[str, dict[Range, Quantizer]] = defaultdict(dict)
@@ -90,7 +91,8 @@ def choose_ranges(
         if name in weights:
             changes["weight_range"] = min(weights[name], key=lambda method: meter.weight_errors[name, method])
         sites[name] = dataclasses.replace(technique, **changes) if changes else technique  # type: ignore[type-var]
-    return plan.replace(sites=sites)
+    groups = tuple(group for group in plan.groups if len({sites.get(name) for name in group}) == 1)
+    return plan.replace(sites=sites, groups=groups)
 
 
 def _input_range(net: Network, tensor: str, fmt: Format, candidates: Sequence[Range], data: Any, samples: int) -> Range:
