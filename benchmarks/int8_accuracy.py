@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ from .logit_peers import (
 )
 from .paired import divergence, holm, mcnemar, mean_interval, pooled_drop, ratio_interval
 from .runtimes import OFF, opened
+from .verified import judge_checks
 
 Array = NDArray[Any]
 
@@ -121,6 +122,7 @@ class Judged:
     labels: Array
     logits: dict[str, Array]
     tools: dict[str, str]
+    checks: list[tuple[str, bs.Check]] = field(default_factory=list)
 
     def right(self, name: str) -> Array:
         found: Array = (self.reference if name == "float" else self.logits[name]).argmax(1) == self.labels
@@ -210,8 +212,8 @@ def _input_name(path: Path) -> str:
     return str(onnx.load(str(path), load_external_data=False).graph.input[0].name)
 
 
-def ours(session: Session, target: Any, label: str, model: nn.Module) -> Iterator[tuple[str, Predict]]:
-    """Default ``quantize`` for a target: as simulated, and as its file runs."""
+def ours(session: Session, target: Any, label: str, model: nn.Module, judged: Judged) -> Iterator[tuple[str, Predict]]:
+    """Default ``quantize`` for a target: as simulated, and as its file runs; the proof that both are one."""
     net = bs.quantize(model, session.task.calibration, target)
     yield f"{label}, simulated for {target.name}", float_logits(net)
     suffix = ".onnx" if target.name == "onnxruntime" else ".xml"
@@ -220,6 +222,9 @@ def ours(session: Session, target: Any, label: str, model: nn.Module) -> Iterato
     yield (
         f"{label} in {target.name}",
         by_sample(opened(target.name, artifact.path, session.bench.threads, disabled=OFF)),
+    )
+    judged.checks.append(
+        (f"{label} in {target.name}", bs.verify(net, artifact, session.task.calibration, target=target))
     )
 
 
@@ -250,7 +255,7 @@ def collect(session: Session, chosen: Sequence[LogitPeer]) -> Judged:
                 continue
             start = time.perf_counter()
             try:
-                for name, predict in ours(session, target, label, model()):
+                for name, predict in ours(session, target, label, model(), judged):
                     judged.logits[name] = session.run(name, predict)
             except Exception as error:
                 first = (str(error).strip().splitlines() or [""])[0]
@@ -276,11 +281,11 @@ def add_peers(session: Session, judged: Judged, chosen: Sequence[LogitPeer]) -> 
 def _peer(session: Session, peer: LogitPeer) -> Array | None:
     start = time.perf_counter()
     for made in built(session.problem, session.folder, [peer]):
-        if made.predict is None:
+        if made.value is None:
             print(made.why, flush=True)
             session.bench.row(session.name, name=peer.name, absent=made.absent, why=made.why)
             return None
-        found = session.run(peer.name, made.predict)
+        found = session.run(peer.name, made.value)
         took = time.perf_counter() - start
         print(f"{session.name}: {peer.name} {peer.version}, {made.seconds:.0f} s to make, {took:.0f} s", flush=True)
         return found
@@ -297,6 +302,7 @@ def plain(bench: Benchmark, name: str) -> None:
         session = Session(bench, name, root, Path(folder))
         judged = collect(session, [peer for peer in INT8 if fits(peer, session.problem)])
     show(bench, name, f"{name} at 8 bits", judged)
+    judge_checks(bench, name, f"{name}: what runs and what was simulated, calibration data", judged.checks)
     best = judged.best()
     if not best:
         bench.miss(f"{name}: no peer ran")
@@ -470,12 +476,12 @@ def timed(bench: Benchmark, part: str, net: str, label: str, technique: Any, ste
             seconds[name] = time.perf_counter() - start
             judged.logits[name] = session.run(f"{part}, {name}", float_logits(made))
         for found in built(session.problem, session.folder, [peer]):
-            if found.predict is None:
+            if found.value is None:
                 print(found.why, flush=True)
                 bench.row(part, name=peer.name, absent=found.absent, why=found.why)
                 continue
             seconds[peer.name], judged.tools[peer.name] = found.seconds, peer.tool
-            judged.logits[peer.name] = session.run(f"{part}, {peer.name}", found.predict)
+            judged.logits[peer.name] = session.run(f"{part}, {peer.name}", found.value)
     show(bench, part, f"{label} on {net}", judged, {peer.name: peer.settings})
     table(f"{label} on {net}: time to make", ("", "s"), [(name, f"{value:.0f}") for name, value in seconds.items()])
     for name, value in seconds.items():

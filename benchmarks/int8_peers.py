@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from numpy.typing import NDArray
 
@@ -66,22 +66,35 @@ class FilePeer:
         return self.transformers is None or self.transformers == source.transformer
 
 
-@dataclass(frozen=True)
-class Made:
-    """What became of one peer: the file and the seconds it took, or why there is none."""
+class Peer(Protocol):
+    """``version`` raises ``importlib.metadata.PackageNotFoundError`` where it is not installed."""
 
-    peer: FilePeer
-    path: Path | None
+    @property
+    def name(self) -> str: ...
+    @property
+    def package(self) -> str: ...
+    @property
+    def version(self) -> str: ...
+
+
+P = TypeVar("P", bound=Peer)
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Made(Generic[P, R]):
+    """What became of one peer: what it made and the seconds it took, or why there is nothing."""
+
+    peer: P
+    value: R | None
     seconds: float = 0.0
     why: str = ""
     absent: bool = False
 
 
-def made(source: Source, folder: Path, peers: Sequence[FilePeer] | None = None) -> Iterator[Made]:
-    """Every peer that fits, one after the other; one that breaks does not hide the others."""
-    for peer in FILE_PEERS if peers is None else peers:
-        if not peer.fits(source):
-            continue
+def each(peers: Sequence[P], folder: Path, make: Callable[[P, Path], R]) -> Iterator[Made[P, R]]:
+    """``make(peer, its folder)`` of one peer after the other; one that breaks does not hide the others."""
+    for peer in peers:
         try:
             _ = peer.version
         except importlib.metadata.PackageNotFoundError:
@@ -92,12 +105,18 @@ def made(source: Source, folder: Path, peers: Sequence[FilePeer] | None = None) 
         start = time.perf_counter()
         try:
             with silent():
-                path = peer.make(source, work)
+                value = make(peer, work)
         except Exception as error:
             first = (str(error).strip().splitlines() or [""])[0]
             yield Made(peer, None, why=f"{peer.name}: failed ({type(error).__name__}: {first})")
             continue
-        yield Made(peer, path, time.perf_counter() - start)
+        yield Made(peer, value, time.perf_counter() - start)
+
+
+def made(source: Source, folder: Path, peers: Sequence[FilePeer] | None = None) -> Iterator[Made[FilePeer, Path]]:
+    """The files of every peer that fits."""
+    fitting = [peer for peer in (FILE_PEERS if peers is None else peers) if peer.fits(source)]
+    return each(fitting, folder, lambda peer, work: peer.make(source, work))
 
 
 @contextlib.contextmanager

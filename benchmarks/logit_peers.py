@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from bitsmith.data import call
 
 from . import peers
-from .int8_peers import FILE_PEERS, INSTALL, FilePeer, Source, silent
+from .int8_peers import FILE_PEERS, FilePeer, Made, Source, each, silent
 from .runtimes import opened
 
 Array = NDArray[Any]
@@ -66,35 +65,15 @@ class LogitPeer:
         return importlib.metadata.version(self.package)
 
 
-@dataclass(frozen=True)
-class Built:
-    peer: LogitPeer
-    predict: Predict | None
-    seconds: float = 0.0
-    why: str = ""
-    absent: bool = False
+def built(problem: Problem, folder: Path, chosen: Sequence[LogitPeer]) -> Iterator[Made[LogitPeer, Predict]]:
+    """Their functions, each tried on two samples."""
 
+    def make(peer: LogitPeer, work: Path) -> Predict:
+        predict = peer.build(problem, work)
+        predict(_first(problem.batches[0]))
+        return predict
 
-def built(problem: Problem, folder: Path, chosen: Sequence[LogitPeer]) -> Iterator[Built]:
-    """One after the other; one that breaks does not hide the others."""
-    for peer in chosen:
-        try:
-            _ = peer.version
-        except importlib.metadata.PackageNotFoundError:
-            yield Built(peer, None, why=f"{peer.name}: absent ({INSTALL} {peer.package})", absent=True)
-            continue
-        work = folder / peer.name.replace(" ", "_").replace(",", "")
-        work.mkdir(parents=True, exist_ok=True)
-        start = time.perf_counter()
-        try:
-            with silent():
-                predict = peer.build(problem, work)
-                predict(_first(problem.batches[0]))
-        except Exception as error:
-            first = (str(error).strip().splitlines() or [""])[0]
-            yield Built(peer, None, why=f"{peer.name} on {problem.name}: failed ({type(error).__name__}: {first})")
-            continue
-        yield Built(peer, predict, time.perf_counter() - start)
+    return each(chosen, folder, make)
 
 
 def arrays(inputs: Any) -> list[Array]:
@@ -154,8 +133,11 @@ def _alone(problem: Problem) -> tuple[nn.Module, list[Tensor]]:
 
 
 def from_file(peer: FilePeer) -> LogitPeer:
+    """The file in the runtime that it was made for."""
+
     def build(problem: Problem, folder: Path) -> Predict:
-        return by_sample(opened("onnxruntime", peer.make(problem.source, folder), problem.threads))
+        path = peer.make(problem.source, folder)
+        return by_sample(opened("openvino" if path.suffix == ".xml" else "onnxruntime", path, problem.threads))
 
     return LogitPeer(peer.name, peer.tool, peer.package, peer.settings, build)
 
@@ -299,7 +281,7 @@ def float_logits(model: nn.Module) -> Predict:
 
 
 INT8: Sequence[LogitPeer] = (
-    *(from_file(peer) for peer in FILE_PEERS if "OpenVINO" not in peer.name),
+    *map(from_file, FILE_PEERS),
     LogitPeer("Neural Compressor", "Neural Compressor", "neural_compressor", "PT2E, defaults", neural_compressor),
     LogitPeer("Brevitas", "Brevitas", "brevitas", "weights per channel, bias correction", brevitas()),
     LogitPeer("torchao", "torchao", "torchao", "PT2E, X86InductorQuantizer", torchao),

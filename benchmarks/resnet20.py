@@ -114,10 +114,10 @@ def peers(
     nncf = "NNCF ONNX, accurate" if runtime == "onnxruntime" else "NNCF OpenVINO, accurate"
     chosen = [peer for peer in FILE_PEERS if peer.name in ("ONNX Runtime, min/max", nncf)]
     for result in made(Source(source, feeds), folder, chosen):
-        if result.path is None:
+        if result.value is None:
             print(result.why)
         else:
-            yield result.peer.name, result.path
+            yield result.peer.name, result.value
 
 
 def resnet() -> torch.nn.Module:

@@ -252,7 +252,7 @@ def test_an_absent_peer_and_a_broken_one_are_named_and_hide_nobody(tmp_path):
     assert "pip install -c constraints.txt no-such-distribution" in absent.why
     assert not failed.absent
     assert "no such operator" in failed.why
-    assert made.path == tmp_path / "whole" / "model.onnx"
+    assert made.value == tmp_path / "whole" / "model.onnx"
 
 
 def test_onnx_runtimes_own_quantizer_makes_a_file_that_runs_in_int8(tmp_path):
@@ -263,8 +263,8 @@ def test_onnx_runtimes_own_quantizer_makes_a_file_that_runs_in_int8(tmp_path):
     offered = [peer for peer in peers.FILE_PEERS if peer.name == "ONNX Runtime, min/max"]
     (made,) = peers.made(peers.Source(path, feeds), tmp_path, offered)
     assert made.why == ""
-    found = runtimes.products("onnxruntime", made.path, list(feeds[0].values()))
+    found = runtimes.products("onnxruntime", made.value, list(feeds[0].values()))
     assert (found.int8, found.total) == (1.0, macs)
-    reference, quantized = (runtimes.opened("onnxruntime", p, 1) for p in (path, made.path))
+    reference, quantized = (runtimes.opened("onnxruntime", p, 1) for p in (path, made.value))
     outputs = [[run(list(feed.values()))[0] for feed in feeds] for run in (reference, quantized)]
     assert runtimes.sqnr(*outputs) > 30
