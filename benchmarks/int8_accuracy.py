@@ -28,21 +28,13 @@ from torch import nn
 import bitsmith as bs
 from bitsmith._files import atomic_write
 from bitsmith.data import items
-from bitsmith.prepare.adaround import AdaRound
-from bitsmith.prepare.correct_bias import CorrectBias
-from bitsmith.prepare.equalise import Equalise
-from bitsmith.prepare.gptq import Gptq
-from bitsmith.zoo import tasks
-from bitsmith.zoo.cifar_resnet import resnet20
 from bitsmith.zoo.data import data_root
-from bitsmith.zoo.ds_cnn import pretrained_ds_cnn
-from bitsmith.zoo.mobilenet import pretrained_mobilenet_v1
-from bitsmith.zoo.text import minilm_sst2
-from bitsmith.zoo.weights import load_npz
 
 from . import harness
 from .harness import Benchmark, table
+from .int8_defaults import FOUR_BITS
 from .int8_peers import FILE_PEERS, Source, silent, write_float
+from .int8_tasks import NETWORKS, AnyBits
 from .logit_peers import (
     GPTQ,
     GROUP,
@@ -75,42 +67,6 @@ PARTS = {
     "w4a8": (5.0, 12.0),
     "adaround": (1.5, 6.0),
     "gptq": (1.0, 3.0),
-}
-
-
-@dataclass(frozen=True)
-class Network:
-    """A trained network and its task. ``heads``, ``hidden``: of a transformer, else 0."""
-
-    model: Callable[[Path, Path], nn.Module]
-    task: Callable[[Path], bs.Task]
-    heads: int = 0
-    hidden: int = 0
-
-
-def _quiet(line: str) -> None:
-    """The tasks' own lines are said in this file's description."""
-
-
-NETWORKS: Mapping[str, Network] = {
-    "resnet20": Network(
-        lambda root, _: load_npz(resnet20(), root / "cifar10_models" / "resnet20.npz").eval(),
-        lambda root: tasks.cifar_task(root, calibration=256, tell=_quiet),
-    ),
-    "mobilenet_v1": Network(
-        lambda root, _: pretrained_mobilenet_v1(root),
-        lambda root: tasks.mobilenet_v1_task(root, calibration=128, batch=32, tell=_quiet),
-    ),
-    "ds_cnn": Network(
-        lambda root, _: pretrained_ds_cnn(root),
-        lambda root: tasks.ds_cnn_task(root, calibration=256, batch=64, tell=_quiet),
-    ),
-    "minilm": Network(
-        lambda root, folder: minilm_sst2(root, folder=folder),
-        lambda root: tasks.minilm_task(root, calibration=128, batch=32, tell=_quiet),
-        heads=12,
-        hidden=384,
-    ),
 }
 
 
@@ -393,19 +349,11 @@ def pooled(bench: Benchmark) -> None:
 # -- 4-bit weights, and the times of the methods ---------------------------------------------------------------------
 
 
-def steps() -> dict[str, tuple[Any, ...]]:
-    """The prepare steps that are compared at 4 bits, by label."""
-    return {
-        "": (),
-        " + equalise": (Equalise(),),
-        " + bias": (CorrectBias(),),
-        " + AdaRound": (AdaRound(),),
-        " + equalise, AdaRound, bias": (Equalise(), AdaRound(), CorrectBias()),
-    }
-
-
 def w4a8(bench: Benchmark) -> None:
-    """4-bit weights and 8-bit activations, simulated: no CPU runtime has a kernel."""
+    """4-bit weights and 8-bit activations, simulated: no CPU runtime has a kernel.
+
+    Ours by default, and with the steps that ``int8_defaults`` found best on validation data; the latter is judged.
+    """
     root = data_root()
     if root is None:
         bench.miss("the data folder is missing: set BITSMITH_DATA")
@@ -415,26 +363,25 @@ def w4a8(bench: Benchmark) -> None:
         with tempfile.TemporaryDirectory(prefix="int8_accuracy-") as folder:
             session = Session(bench, name, root, Path(folder))
             judged = Judged(session.run("float", float_logits(session.model)), session.labels(), {}, {})
-            for label, prepared in steps().items():
-                simulate(session, judged, f"Bitsmith W4A8{label}", bs.Int(4, 8), prepared)
+            simulate(session, judged, "Bitsmith W4A8, default", bs.Int(4, 8), None)
+            simulate(session, judged, "Bitsmith W4A8", bs.Int(4, 8), FOUR_BITS)
             add_peers(session, judged, W4A8)
             if session.problem.transformer:
                 grouped = bs.Int(4, 8, granularity="group", group=GROUP)
-                simulate(session, judged, "Bitsmith W4A8, groups", grouped, ())
+                simulate(session, judged, "Bitsmith W4A8, groups", grouped, FOUR_BITS)
                 add_peers(session, judged, W4A8_GROUPED)
         notes = {peer.name: f"activations: {peer.activations}" for peer in (*W4A8, *W4A8_GROUPED)}
         show(bench, "w4a8", f"{name}, 4-bit weights", judged, notes)
         like = [peer.name for peer in (*W4A8, *W4A8_GROUPED) if peer.activations == "8 bits"]
-        for grouped_too in (False, True):
-            theirs = [n for n in like if n in judged.logits and ("groups" in n) == grouped_too]
-            mine = [n for n in judged.logits if n.startswith("Bitsmith") and ("groups" in n) == grouped_too]
-            if theirs and mine:
-                best, leader = (min(some, key=lambda n: judged.kl(n).mean()) for some in (mine, theirs))
-                figure = float(judged.kl(best).mean() / judged.kl(leader).mean())
-                bench.judge(f"{name}: KL of {best} / best peer's ({leader})", figure, KL_BAR, "x")
+        for mine in ("Bitsmith W4A8", "Bitsmith W4A8, groups"):
+            theirs = [n for n in like if n in judged.logits and ("groups" in n) == ("groups" in mine)]
+            if theirs and mine in judged.logits:
+                leader = min(theirs, key=lambda n: judged.kl(n).mean())
+                figure = float(judged.kl(mine).mean() / judged.kl(leader).mean())
+                bench.judge(f"{name}: KL of {mine} / best peer's ({leader})", figure, KL_BAR, "x")
 
 
-def simulate(session: Session, judged: Judged, name: str, technique: Any, prepared: tuple[Any, ...]) -> None:
+def simulate(session: Session, judged: Judged, name: str, technique: Any, prepared: Any) -> None:
     """One plan of ours without a runtime."""
     found = session.kept(name)
     if found is None:
@@ -447,17 +394,10 @@ def simulate(session: Session, judged: Judged, name: str, technique: Any, prepar
     judged.logits[name] = found
 
 
-def applied(session: Session, technique: Any, prepared: tuple[Any, ...]) -> nn.Module:
-    """``technique`` at every layer, 8 bits at the additions, poolings and products that the runtime quantizes."""
-    target = bs.targets.OnnxRuntime(threads=session.bench.threads)
-    record = bs.sites(session.model, session.first)
-    base = bs.plan_of(bs.quantize(session.model, session.task.calibration, target))
-    chosen = {
-        name: technique if record[name].weight is not None and technique.fits(record[name]) else plain_int
-        for name, plain_int in base.sites.items()
-    }
-    plan = base.replace(sites=chosen, prepare=prepared)
-    return bs.apply(session.model, plan, session.task.calibration)
+def applied(session: Session, technique: Any, prepared: Sequence[bs.Step] | None) -> nn.Module:
+    return bs.quantize(
+        session.model, session.task.calibration, AnyBits(session.bench.threads), technique, prepare=prepared
+    )
 
 
 def timed(bench: Benchmark, part: str, net: str, label: str, technique: Any, step: Any, peer: LogitPeer) -> None:
@@ -494,14 +434,14 @@ MINUTES = {"adaround": 5.0, "gptq": 2.0}
 
 def adaround(bench: Benchmark) -> None:
     """At 4-bit weights and 8-bit activations, where rounding matters."""
-    step, peer = AdaRound(), next(p for p in W4A8 if "AdaRound" in p.name)
+    step, peer = bs.AdaRound(), next(p for p in W4A8 if "AdaRound" in p.name)
     timed(bench, "adaround", "mobilenet_v1", "AdaRound", bs.Int(4, 8), step, peer)
 
 
 def gptq(bench: Benchmark) -> None:
     """At 4-bit weights in groups, float activations: what GPTQ was made for."""
     technique = bs.Int(4, None, granularity="group", group=GROUP)
-    timed(bench, "gptq", "minilm", "GPTQ", technique, Gptq(), GPTQ)
+    timed(bench, "gptq", "minilm", "GPTQ", technique, bs.Gptq(), GPTQ)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -38,8 +38,10 @@ LIGHT = ("mobilenetv2", "bert")
 """Where one runtime at least has to be faster than the best peer by 5 %."""
 
 CALIBRATION, HELD_OUT = 16, 16
-BLOCKS = 4
-"""Every file is opened anew in each: where its memory comes to lie changes a time for as long as it is open."""
+OPENINGS = {"resnet50": (10, 20), "mobilenetv2": (20, 60), "bert": (6, 12)}
+ROUNDS = 10
+"""Every file is opened anew so often, by default and with ``--full``, for as many rounds: where its memory comes to lie
+changes a time for as long as it is open, by more than the rounds differ (files of one structure show it)."""
 
 INT8_SHARE, WITHIN_DB = 0.95, 1.0
 
@@ -82,7 +84,7 @@ def run(bench: Benchmark, net: str) -> None:
             found[file.runtime].append(file)
         ratios = {}
         for runtime in RUNTIMES:
-            measure(bench, subject, found[runtime])
+            measure(bench, net, subject, found[runtime])
             ratios[runtime] = judge(bench, net, runtime, found[runtime])
         known = {runtime: value for runtime, value in ratios.items() if value is not None}
         if net in LIGHT and known:
@@ -153,7 +155,7 @@ def _input_name(path: Path) -> str:
 # -- measuring -------------------------------------------------------------------------------------------------------
 
 
-def measure(bench: Benchmark, subject: Subject, compared: list[File]) -> None:
+def measure(bench: Benchmark, net: str, subject: Subject, compared: list[File]) -> None:
     """Fill in quality, share and times of the files of one runtime; a file that does not open is taken out."""
     held_out: list[list[Array]] = [[x.numpy()] for x in subject.held_out]
     with torch.no_grad():
@@ -174,10 +176,9 @@ def measure(bench: Benchmark, subject: Subject, compared: list[File]) -> None:
             if file.kind == "ours":
                 bench.miss(f"{file.name} does not run in {file.runtime}")
             compared.remove(file)
-    rounds = 75 if bench.options.full else 25
-    for _ in range(BLOCKS):
+    for _ in range(OPENINGS[net][bool(bench.options.full)]):
         runs = {file.name: _bound(file.open(bench.threads), held_out[0]) for file in compared}
-        times = interleaved(runs, rounds, warm=3)
+        times = interleaved(runs, ROUNDS, warm=3)
         for file in compared:
             file.samples.extend(times[file.name].ms)
         runs.clear()
@@ -206,10 +207,11 @@ def counting(peers: Sequence[File]) -> tuple[list[File], float]:
 
 
 def median_interval(values: Sequence[float], draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval of the median (percentile method)."""
+    """95 % bootstrap interval of the median (percentile method); whole openings are drawn, ``ROUNDS`` values each."""
+    openings = np.asarray(values).reshape(-1, ROUNDS)
     generator = np.random.default_rng(seed)
-    medians = np.median(generator.choice(np.asarray(values), (draws, len(values))), axis=1)
-    low, high = np.quantile(medians, (0.025, 0.975))
+    drawn = openings[generator.integers(len(openings), size=(draws, len(openings)))]
+    low, high = np.quantile(np.median(drawn.reshape(draws, -1), axis=1), (0.025, 0.975))
     return float(low), float(high)
 
 
@@ -245,9 +247,10 @@ def judge(bench: Benchmark, net: str, runtime: str, compared: Sequence[File]) ->
             switched_off=list(file.disabled),
             seconds_to_make=file.seconds,
         )
+    rounds = len(compared[0].samples)
     table(
-        f"{net} in {runtime}: batch 1, {bench.threads} threads, {len(compared[0].samples)} interleaved rounds in "
-        f"{BLOCKS} openings; SQNR to float on {HELD_OUT} held-out inputs, {CALIBRATION} for calibration",
+        f"{net} in {runtime}: batch 1, {bench.threads} threads, {rounds} interleaved rounds in "
+        f"{rounds // ROUNDS} openings; SQNR to float on {HELD_OUT} held-out inputs, {CALIBRATION} for calibration",
         ("file", "ms", "quartiles", "over ours", "SQNR dB", "MACs in int8 (sites)", "counts"),
         rows,
     )

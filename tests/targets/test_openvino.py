@@ -21,6 +21,7 @@ from bitsmith.targets.openvino import AFFINE, SYMMETRIC, OpenVino
 from bitsmith.technique import No
 from bitsmith.techniques.float_ import Float
 from bitsmith.techniques.int_ import Int
+from bitsmith.verify import verify
 
 openvino = pytest.importorskip("openvino")
 
@@ -128,6 +129,31 @@ def test_a_sum_with_a_float_layer_runs_as_simulated(residual: Any, floating: tup
     for sample in data[1][0]:
         (got,) = TARGET.run(artifact, [sample[None].numpy()])
         np.testing.assert_allclose(got, applied(sample[None]).detach().numpy(), atol=1e-3)
+
+
+@pytest.mark.parametrize("relu", [True, False])
+def test_sums_are_read_back_as_they_run(relu: bool, tmp_path: Path) -> None:
+    """Asking for a value between keeps the plugin from fusing, and the quantizer put in for that would round."""
+
+    class Bottleneck(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.left = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 32, 1)
+            self.right, self.head = nn.Conv2d(32, 16, 1), nn.Conv2d(16, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            x = x + self.right(F.relu6(self.left(x)))
+            return self.head(F.relu(x) if relu else x)
+
+    torch.manual_seed(0)
+    net = Bottleneck().eval()
+    data = [(torch.randn(8, 3, 14, 14), None)]
+    plan, record = everything(net, data)
+    applied, artifact = exported(net, TARGET.adapt(plan, record), data, tmp_path / "net.xml")
+    check = verify(applied, artifact, data, target=TARGET)
+    assert check.passed, check
+    assert check.worst_agree >= 0.999
 
 
 def test_of_two_layers_before_a_sum_one_stores_its_output(tmp_path: Path) -> None:

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 
+FUSING = ".Fusing.Dequantize"
+"""End of the names of the quantizers that fuse and do not round: where a value between is asked for they would."""
+
+
 def onnxruntime_form(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model in the form that ONNX Runtime's integer fusions match."""
     return rewritten(
@@ -76,7 +80,7 @@ def sums_in_convolutions(graph: ir.Graph) -> None:
         wide = initializer(graph, f"{name}.range", np.array(2.0 * 255 / 127 * max(sizes), dtype=np.float32))
         zero = initializer(graph, f"{name}.zero", np.array(0, dtype=np.int8))
         rounded = ir.node(QUANTIZE, [value, wide, zero], name=f"{name}.Fusing.Quantize")
-        back = ir.node(DEQUANTIZE, [rounded.outputs[0], wide, zero], name=f"{name}.Fusing.Dequantize")
+        back = ir.node(DEQUANTIZE, [rounded.outputs[0], wide, zero], name=f"{name}{FUSING}")
         for made, suffix in ((rounded, "quantized"), (back, "dequantized")):
             made.outputs[0].name, made.outputs[0].shape = f"{value.name}.{suffix}", value.shape
         rounded.outputs[0].type = ir.TensorType(ir.DataType.INT8)
@@ -101,7 +105,10 @@ def _quantizers(node: ir.Node) -> list[ir.Node]:
 
 
 def spatial_means(graph: ir.Graph) -> None:
-    """A ReduceMean over all spatial axes becomes GlobalAveragePool (and a Reshape where the axes are dropped)."""
+    """A ReduceMean over all spatial axes becomes GlobalAveragePool (and a Squeeze where the axes are dropped).
+
+    The optimizer moves its change of layout through a Squeeze, where it is none any more; a Reshape keeps it.
+    """
     for node in list(graph):
         source = node.inputs[0] if node.op_type == "ReduceMean" else None
         if source is None or source.shape is None or len(source.shape) not in (3, 4, 5):
@@ -115,8 +122,8 @@ def spatial_means(graph: ir.Graph) -> None:
         made = pool
         if not node.attributes.get_int("keepdims", 1):
             pool.outputs[0].shape = None
-            shape = initializer(graph, f"{node.name}.shape", np.array([0, -1], dtype=np.int64))
-            made = replacement("Reshape", [pool.outputs[0], shape], node)
+            spatial = initializer(graph, f"{node.name}.axes", np.arange(2, rank, dtype=np.int64))
+            made = replacement("Squeeze", [pool.outputs[0], spatial], node)
             graph.insert_before(node, made)
         replace(node.outputs[0], made.outputs[0])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ _FRACTIONS = np.linspace(1.0, 1 / 80, 80)  # widest first, so that ties keep the
 _COARSE = np.linspace(1.0, 1 / 16, 16)
 _BLOCK = 16384  # elements worked on at a time, so that they stay in the cache
 
+_KNOWN: WeakKeyDictionary[TensorStatistics, dict[tuple[Format, int], tuple[float, float]]] = WeakKeyDictionary()
+"""Limits that were searched for: steps build one network several times from the same histograms."""
+
 
 def limits(statistics: TensorStatistics, fmt: Format) -> tuple[float, float]:
     """The interval ``low <= 0 <= high`` to be represented, by ``fmt.range``.
@@ -34,6 +38,13 @@ def limits(statistics: TensorStatistics, fmt: Format) -> tuple[float, float]:
     """
     if statistics.count == 0:
         raise ValueError("no range: the statistics have seen no values; run calibration data through the model first")
+    known, key = _KNOWN.setdefault(statistics, {}), (fmt, statistics.count)
+    if key not in known:
+        known[key] = _limits(statistics, fmt)
+    return known[key]
+
+
+def _limits(statistics: TensorStatistics, fmt: Format) -> tuple[float, float]:
     low, high = min(statistics.minimum, 0.0), max(statistics.maximum, 0.0)
     method, percentile = fmt.range.method, fmt.range.percentile
     if method == "minmax" or low == high:
@@ -232,26 +243,40 @@ def _rows(weight: Tensor, axis: int | None, group: int | None) -> tuple[Tensor, 
 def _shrink(rows: Tensor, low: Vector, high: Vector, fmt: Format) -> tuple[Vector, Vector]:
     """Both ends of every row times the factor that leaves the least squared error."""
     values = rows.cpu().numpy()
+    height = max(1, _BLOCK // values.shape[1])
+    factor = np.concatenate(
+        [
+            _shrink_factors(values[top : top + height], low[top : top + height], high[top : top + height], fmt)
+            for top in range(0, len(values), height)
+        ]
+    )
+    return low * factor, high * factor
+
+
+def _shrink_factors(values: NDArray[np.float32], low: Vector, high: Vector, fmt: Format) -> Vector:
+    """The factor of each of a few rows.
+
+    Clipping loses ever more as the range shrinks, and rounding no more than a quarter of a squared step at each value:
+    once the loss less that is greater than the least so far, no narrower range can be better.
+    """
     least, greatest = fmt.levels
-    settings = []
+    chosen, lowest = np.ones(len(values)), np.full(len(values), np.inf)
     for fraction in _FRACTIONS:
         scale, zero_point = _qparams(low * fraction, high * fraction, fmt)
         columns = (scale, 1.0 / scale, least - zero_point, greatest - zero_point)
-        settings.append([column.astype(np.float32)[:, None] for column in columns])
-    errors = np.zeros((len(settings), len(values)))
-    height = max(1, _BLOCK // values.shape[1])
-    for top in range(0, values.shape[0], height):
-        here = slice(top, top + height)
+        step, inverse, bottom, ceiling = (column.astype(np.float32)[:, None] for column in columns)
+        loss = np.zeros(len(values))
         for left in range(0, values.shape[1], _BLOCK):
-            block = np.ascontiguousarray(values[here, left : left + _BLOCK])
-            error = np.empty_like(block)
-            for index, (step, inverse, bottom, ceiling) in enumerate(settings):
-                np.multiply(block, inverse[here], out=error)
-                np.rint(error, out=error)
-                np.maximum(error, bottom[here], out=error)
-                np.minimum(error, ceiling[here], out=error)
-                np.multiply(error, step[here], out=error)
-                np.subtract(error, block, out=error)
-                errors[index, here] += np.einsum("ij,ij->i", error, error)
-    factor = _FRACTIONS[errors.argmin(0)]
-    return low * factor, high * factor
+            block = values[:, left : left + _BLOCK]
+            error = block * inverse
+            np.rint(error, out=error)
+            np.maximum(error, bottom, out=error)
+            np.minimum(error, ceiling, out=error)
+            np.multiply(error, step, out=error)
+            np.subtract(error, block, out=error)
+            loss += np.einsum("ij,ij->i", error, error)
+        better = loss < lowest
+        chosen[better], lowest[better] = fraction, loss[better]
+        if np.all(loss - values.shape[1] * scale**2 / 4 > lowest):
+            break
+    return chosen

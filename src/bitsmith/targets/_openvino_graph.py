@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..export.forms import FUSING
 from .base import Realised, TargetError
 
 if TYPE_CHECKING:
@@ -66,6 +67,17 @@ def executed(compiled: ov.CompiledModel) -> list[Node]:
             )
         )
     return nodes
+
+
+def unfuse(model: ov.Model) -> None:
+    """Take out the quantizers that were put in for fusing only: beside a result they round, which fused they do not."""
+    for node in model.get_ordered_ops():
+        if node.get_friendly_name().endswith(FUSING):
+            first = node
+            while first.get_type_name() != "FakeQuantize":
+                first = first.input_value(0).get_node()
+            for reader in list(node.output(0).get_target_inputs()):
+                reader.replace_source_output(first.input_value(0))
 
 
 def check_precision(nodes: Iterable[Node], bfloat16: bool) -> None:

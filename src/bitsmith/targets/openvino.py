@@ -39,7 +39,7 @@ from ._cpu import (
     shared_groups,
     values_of,
 )
-from ._openvino_graph import Owners, check_precision, compressed_sites, executed, realised
+from ._openvino_graph import Owners, check_precision, compressed_sites, executed, realised, unfuse
 from .base import Array, Artifact, ArtifactError, Realised, SiteTimes, Source, Target, TargetError, Timing
 
 if TYPE_CHECKING:
@@ -300,6 +300,7 @@ class OpenVino(Target):
         known = {name for value in (*model.outputs, *model.inputs) for name in value.get_names()}
         extra = [name for name in dict.fromkeys(values) if name not in known]
         if extra:
+            unfuse(model)
             model.add_outputs(extra)
         settings = {
             "INFERENCE_NUM_THREADS": self.threads,

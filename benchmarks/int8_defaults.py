@@ -1,0 +1,127 @@
+"""What ``quantize`` should do where it is not told: combinations of steps on four trained networks, validation data.
+
+    python -m benchmarks.int8_defaults [--resume] [--threads 2] [--only PART]
+
+Simulated in ONNX Runtime's form; mean KL divergence from float. At 8 bits the default has to have the least geometric
+mean over the networks (bar 1.00). ``.w4a8``: the same at 4-bit weights, where the steps are ``FOUR_BITS``.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+import bitsmith as bs
+from bitsmith.data import items
+from bitsmith.zoo.data import data_root
+
+from .harness import RESULTS, Benchmark, table
+from .int8_peers import silent
+from .int8_tasks import NETWORKS, AnyBits
+from .logit_peers import float_logits
+from .paired import divergence, mean_interval
+
+EQUAL, BIAS = bs.EqualiseDepthwise(), bs.CorrectBias()
+FOUR_BITS: Sequence[bs.Step] = (EQUAL, bs.AdaRound(), BIAS)
+"""The steps for 4-bit weights: what the parts ``.w4a8`` found best."""
+
+Settings = Mapping[str, Any]
+EIGHT: Mapping[str, Settings] = {
+    "nothing": {"prepare": (), "choose": False},
+    "bias": {"prepare": (BIAS,), "choose": False},
+    "ranges": {"prepare": ()},
+    "ranges, bias": {"prepare": (BIAS,)},
+    "default": {},
+    "default without ranges": {"choose": False},
+    "default and Equalise": {"prepare": (bs.Equalise(), EQUAL, BIAS)},
+    "default and SmoothQuant": {"prepare": (bs.SmoothQuant(), EQUAL, BIAS)},
+}
+FOUR: Mapping[str, Settings] = {
+    "nothing": {"prepare": (), "choose": False},
+    "default": {},
+    "AdaRound": {"prepare": (EQUAL, bs.AdaRound())},
+    "AdaRound, bias": {"prepare": FOUR_BITS},
+    "AdaRound, bias, extremes": {"prepare": FOUR_BITS, "choose": False},
+}
+
+PARTS = {
+    **{"resnet20": (1.5, 1.5), "mobilenet_v1": (8.0, 8.0), "ds_cnn": (1.0, 1.0), "minilm": (8.0, 8.0)},
+    "together": (0.0, 0.0),
+    **{"resnet20.w4a8": (3.0, 3.0), "mobilenet_v1.w4a8": (12.0, 12.0), "ds_cnn.w4a8": (2.0, 2.0)},
+}
+
+
+def compare(bench: Benchmark, name: str, technique: bs.Int, combinations: Mapping[str, Settings], part: str) -> None:
+    """One table: each combination's divergence from float on the validation samples, the least first."""
+    root = data_root()
+    if root is None:
+        bench.miss("the data folder is missing: set BITSMITH_DATA")
+        return
+    task = NETWORKS[name].task(root)
+    with silent():
+        model = NETWORKS[name].model(root, RESULTS / "heads")
+    reference, labels = _logits(model, task), np.concatenate([np.asarray(y) for _, y in items(task.validation, "")])
+    rows = []
+    for label, settings in combinations.items():
+        start = time.perf_counter()
+        net = bs.quantize(model, task.calibration, AnyBits(bench.threads), technique, **settings)
+        seconds = time.perf_counter() - start
+        logits = _logits(net, task)
+        kl = divergence(reference, logits)
+        low, high = mean_interval(kl)
+        right = float((logits.argmax(1) == labels).mean())
+        rows.append((label, float(kl.mean()), f"{low:.3g} to {high:.3g}", f"{right:.2%}", f"{seconds:.0f}"))
+        bench.row(part, name=label, kl=float(kl.mean()), kl_low=low, kl_high=high, accuracy=right, seconds=seconds)
+        print(f"{part}: {label}, {seconds:.0f} s, KL {kl.mean():.4g}", flush=True)
+    table(
+        f"{name}, {technique}: {len(labels)} validation samples, float {(reference.argmax(1) == labels).mean():.2%}",
+        ("steps", "KL to float", "95 %", "accuracy", "s to make"),
+        sorted(rows, key=lambda row: row[1]),
+    )
+
+
+def _logits(model: Any, task: bs.Task) -> Any:
+    predict = float_logits(model)
+    return np.concatenate([predict(inputs) for inputs, _ in items(task.validation, "validation")])
+
+
+def together(bench: Benchmark) -> None:
+    """The geometric mean over the networks of what was measured above."""
+    found: dict[str, list[float]] = {}
+    for row in bench.rows:
+        if row["part"] in NETWORKS:
+            found.setdefault(row["name"], []).append(row["kl"])
+    if not found:
+        bench.miss("together: no network was measured in this run")
+        return
+    means = {label: math.exp(float(np.mean(np.log(values)))) for label, values in found.items()}
+    table(
+        f"{len(found['default'])} networks together",
+        ("steps", "geometric mean of KL"),
+        sorted(means.items(), key=lambda item: item[1]),
+    )
+    others = {label: value for label, value in means.items() if label != "default"}
+    best = min(others, key=lambda label: others[label])
+    bench.row("together", **means)
+    bench.judge(f"KL of the default / best other combination ({best})", means["default"] / others[best], 1.0, "x")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    bench = Benchmark("int8_defaults", PARTS, (__doc__ or "").splitlines()[0])
+    bench.start(argv)
+    parts: dict[str, Callable[[Benchmark], None]] = {"together": together}
+    for name in NETWORKS:
+        parts[name] = functools.partial(compare, name=name, technique=bs.Int(8, 8), combinations=EIGHT, part=name)
+        four = f"{name}.w4a8"
+        parts[four] = functools.partial(compare, name=name, technique=bs.Int(4, 8), combinations=FOUR, part=four)
+    return bench.run(parts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
