@@ -227,6 +227,13 @@ def test_ours_is_held_against_the_fastest_that_counts(ours, passed):
     assert [row["best_peer"] for row in bench.rows if "best_peer" in row] == ["fast"]
 
 
+def test_the_spread_of_a_ratio_is_that_of_whole_openings():
+    """Rounds within an opening that agree must not make it look certain."""
+    low, high = parity.median_interval([*[0.9] * parity.ROUNDS, *[1.1] * parity.ROUNDS] * 2)
+    assert (low, high) == pytest.approx((0.9, 1.1))
+    assert parity.median_interval([1.0] * 3 * parity.ROUNDS) == (1.0, 1.0)
+
+
 def test_without_a_peer_that_counts_nothing_is_judged():
     bench = Bench()
     assert parity.judge(bench, "net", "onnxruntime", [file("ours", "ours"), file("float", share=0.0)]) is None
