@@ -180,7 +180,7 @@ def test_sqnr_is_over_all_samples_together():
 
 def file(name, kind="peer", db=30.0, share=1.0, ms=1.0):
     made = parity.File(name, Path(name), kind, "onnxruntime", db=db, share=share)
-    made.samples = [ms, 1.1 * ms, 0.9 * ms] * 4
+    made.samples = [ms, 1.1 * ms, 0.9 * ms] * parity.ROUNDS
     return made
 
 
