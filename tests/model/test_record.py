@@ -302,6 +302,28 @@ def test_constants_are_weights_whatever_they_went_through() -> None:
 # -- costs -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("wide", [8, 16])
+def test_different_weights_at_one_place_are_none(wide: int) -> None:
+    """As Keras computes every layer in one function, with weights that it transposes first."""
+
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernels = nn.ParameterList([torch.randn(8, wide), torch.randn(wide, 4)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for kernel in self.kernels:
+                x = F.linear(x, kernel.t())
+            return x
+
+    model, x = Loop().eval(), torch.randn(5, 8)
+    site = run(model, x)[":linear"]
+    assert site.weight is None
+    assert site.calls == 2
+    net = apply(model, Plan({":linear": Int(8, 8)}), [(x, None)])
+    assert (net(x) - model(x)).abs().max() < 0.1 * model(x).abs().max()
+
+
 @pytest.mark.parametrize(
     ("module", "shape", "macs"),
     [

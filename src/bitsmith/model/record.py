@@ -257,7 +257,8 @@ class Recorder:
             else:
                 slot = draft.slots[position]
                 slot.origins.add(origin)
-                if depends is None or self.tensor_keys.get(id(tensor), "") != slot.key:
+                same = self.tensor_keys.get(id(tensor), "") == slot.key and tuple(tensor.shape) == slot.shape
+                if depends is None or depends != slot.parameters or not same:
                     slot.value = None  # another tensor at another call: no single weight
 
     def _write(self, draft: _Draft, output: Any, read: Sequence[Shape] = ()) -> None:
