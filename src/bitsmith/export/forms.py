@@ -105,10 +105,7 @@ def _quantizers(node: ir.Node) -> list[ir.Node]:
 
 
 def spatial_means(graph: ir.Graph) -> None:
-    """A ReduceMean over all spatial axes becomes GlobalAveragePool (and a Squeeze where the axes are dropped).
-
-    The optimizer moves its change of layout through a Squeeze, where it is none any more; a Reshape keeps it.
-    """
+    """A ReduceMean over all spatial axes becomes GlobalAveragePool (and a Reshape where the axes are dropped)."""
     for node in list(graph):
         source = node.inputs[0] if node.op_type == "ReduceMean" else None
         if source is None or source.shape is None or len(source.shape) not in (3, 4, 5):
@@ -122,8 +119,8 @@ def spatial_means(graph: ir.Graph) -> None:
         made = pool
         if not node.attributes.get_int("keepdims", 1):
             pool.outputs[0].shape = None
-            spatial = initializer(graph, f"{node.name}.axes", np.arange(2, rank, dtype=np.int64))
-            made = replacement("Squeeze", [pool.outputs[0], spatial], node)
+            shape = initializer(graph, f"{node.name}.shape", np.array([0, -1], dtype=np.int64))
+            made = replacement("Reshape", [pool.outputs[0], shape], node)
             graph.insert_before(node, made)
         replace(node.outputs[0], made.outputs[0])
 
