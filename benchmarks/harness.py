@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from bitsmith._files import atomic_write
+from bitsmith.zoo.data import data_root
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -151,6 +152,13 @@ class Benchmark:
     def miss(self, why: str) -> None:
         """Something that had to be measured could not be: the run fails and says why."""
         self.misses.append(why)
+
+    def data(self) -> Path | None:
+        """The data folder; where there is none the run fails and says so."""
+        root = data_root()
+        if root is None:
+            self.miss("the data folder is missing: set BITSMITH_DATA")
+        return root
 
     def run(self, parts: Mapping[str, Part]) -> int:
         """The chosen parts one after the other, each kept on disk once it is done; the exit status."""

@@ -28,7 +28,6 @@ from torch import nn
 import bitsmith as bs
 from bitsmith._files import atomic_write
 from bitsmith.data import items
-from bitsmith.zoo.data import data_root
 
 from . import harness
 from .harness import Benchmark, table
@@ -250,9 +249,8 @@ def _peer(session: Session, peer: LogitPeer) -> Array | None:
 
 def plain(bench: Benchmark, name: str) -> None:
     """One network at 8 bits: the table, and the verdicts of each runtime."""
-    root = data_root()
+    root = bench.data()
     if root is None:
-        bench.miss("the data folder is missing: set BITSMITH_DATA")
         return
     with tempfile.TemporaryDirectory(prefix="int8_accuracy-") as folder:
         session = Session(bench, name, root, Path(folder))
@@ -354,9 +352,8 @@ def w4a8(bench: Benchmark) -> None:
 
     Ours by default, and with the steps that ``int8_defaults`` found best on validation data; the latter is judged.
     """
-    root = data_root()
+    root = bench.data()
     if root is None:
-        bench.miss("the data folder is missing: set BITSMITH_DATA")
         return
     names = list(NETWORKS) if bench.options.full else ["resnet20", "mobilenet_v1", "minilm"]
     for name in names:
@@ -402,9 +399,8 @@ def applied(session: Session, technique: Any, prepared: Sequence[bs.Step] | None
 
 def timed(bench: Benchmark, part: str, net: str, label: str, technique: Any, step: Any, peer: LogitPeer) -> None:
     """One method of ours and a peer's own on the same network in the same run: seconds and divergence."""
-    root = data_root()
+    root = bench.data()
     if root is None:
-        bench.miss("the data folder is missing: set BITSMITH_DATA")
         return
     with tempfile.TemporaryDirectory(prefix="int8_accuracy-") as folder:
         session = Session(bench, net, root, Path(folder))

@@ -19,7 +19,6 @@ import numpy as np
 
 import bitsmith as bs
 from bitsmith.data import items
-from bitsmith.zoo.data import data_root
 
 from .harness import RESULTS, Benchmark, table
 from .int8_peers import silent
@@ -59,9 +58,8 @@ PARTS = {
 
 def compare(bench: Benchmark, name: str, technique: bs.Int, combinations: Mapping[str, Settings], part: str) -> None:
     """One table: each combination's divergence from float on the validation samples, the least first."""
-    root = data_root()
+    root = bench.data()
     if root is None:
-        bench.miss("the data folder is missing: set BITSMITH_DATA")
         return
     task = NETWORKS[name].task(root)
     with silent():

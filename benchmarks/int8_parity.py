@@ -25,7 +25,6 @@ import torch
 
 import bitsmith as bs
 from bitsmith.data import Unlabelled
-from bitsmith.zoo.data import data_root
 
 from .harness import Benchmark, Samples, interleaved, ratio, table
 from .int8_nets import SUBJECTS, Subject
@@ -71,9 +70,8 @@ class File:
 
 
 def run(bench: Benchmark, net: str) -> None:
-    root = data_root()
+    root = bench.data()
     if root is None:
-        bench.miss("the data folder is missing: set BITSMITH_DATA")
         return
     with tempfile.TemporaryDirectory(prefix="int8_parity-") as name:
         folder = Path(name)
