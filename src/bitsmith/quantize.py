@@ -1,7 +1,7 @@
 """One call from a float network to an integer one: the plan a target would be given, prepared and applied.
 
-The defaults came closest to float (mean KL divergence) on the validation data of ResNet-20, DS-CNN S and MobileNetV1,
-among all combinations of the steps; docs/post_training.md has the figures.
+The defaults came closest to float (geometric mean of KL divergences) on the validation data of four trained networks,
+among the combinations of steps in benchmarks/int8_defaults.py; docs/post_training.md has the figures.
 """
 
 from __future__ import annotations
