@@ -17,13 +17,13 @@ def judge_checks(bench: Benchmark, part: str, title: str, checks: Sequence[tuple
     rows = []
     for what, check in checks:
         margin = check.whole_db - check.float_db
-        asked = sum(row.asked.startswith("Int") for row in check.sites)
+        asked = sum(row.asked != str(bs.Float()) for row in check.sites)
         classes = [f"{share:.1%}" if share is not None else "" for share in (check.same_class, check.float_same_class)]
         read_back = f"{asked - len(check.unrealised)} of {asked}"
         rows.append(
             (what, f"{check.whole_db:.1f}", f"{check.float_db:.1f}", *classes, f"{check.worst_agree:.4f}", read_back)
         )
-        bench.row(part, name=what, check=check.to_json(), integer_sites=asked)
+        bench.row(part, name=what, check=check.to_json(), sites_asked=asked)
         bench.judge(f"{part}: {what}, run to simulation over simulation to float", margin, LEAST_DB, " dB", True)
         if check.same_class is not None and check.float_same_class is not None:
             behind = 100 * (check.float_same_class - check.same_class)

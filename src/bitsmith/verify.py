@@ -286,7 +286,10 @@ class _Comparison:
 
 
 def _why(technique: Any, got: Realised) -> str:
-    wanted = "float32" if technique == Float() else f"int{getattr(technique, 'a', None) or getattr(technique, 'w', '')}"
+    if isinstance(technique, Float):
+        wanted: str = technique.dtype
+    else:
+        wanted = f"int{getattr(technique, 'a', None) or getattr(technique, 'w', '')}"
     if got.precision in (wanted, "folded", "removed"):
         return ""
     return got.reason or f"asked for {wanted}, the runtime ran {got.precision}"

@@ -154,6 +154,33 @@ def test_sums_are_read_back_as_they_run(relu: bool, tmp_path: Path) -> None:
     check = verify(applied, artifact, data, target=TARGET)
     assert check.passed, check
     assert check.worst_agree >= 0.999
+    assert check.unrealised == ()
+
+
+def test_a_sum_that_is_asked_for_in_float_and_runs_so_is_no_complaint(tmp_path: Path) -> None:
+    """Behind a shortcut that pads channels the plugin adds by itself, in float, and stores what was asked for."""
+
+    class Shortcut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.conv = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 32, 3, stride=2, padding=1)
+            self.head = nn.Conv2d(32, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.stem(x))
+            return self.head(F.relu(self.conv(x) + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 8, 8))))
+
+    torch.manual_seed(0)
+    net = Shortcut().eval()
+    data = [(torch.randn(4, 3, 12, 12), None)]
+    plan, record = everything(net, data)
+    plan = TARGET.adapt(plan, record)
+    assert isinstance(plan[":add"], Float)
+    applied, artifact = exported(net, plan, data, tmp_path / "net.xml")
+    check = verify(applied, artifact, data, target=TARGET)
+    assert {site.site: site.realised for site in check.sites}[":add"] == "float32"
+    assert check.unrealised == ()
+    assert check.passed
 
 
 def test_of_two_layers_before_a_sum_one_stores_its_output(tmp_path: Path) -> None:
