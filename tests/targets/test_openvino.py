@@ -511,8 +511,12 @@ def test_the_table_says_what_runs(case: str, tmp_path: Path) -> None:
     """Each operation between float ones: supports and realise must foretell what inspect reads back."""
     net, data, record, site = alone(case, *CASES[case])
     verdict = TARGET.supports(INT8, site)
-    assert not verdict or site.kind in AFFINE | SYMMETRIC
     plan = TARGET.adapt(Plan({site.name: INT8}), record)
+    if site.kind == "add":  # sums are stored as integers for those that read them so, and here nobody does
+        assert verdict
+        assert not plan.sites
+        verdict = False
+    assert not verdict or site.kind in AFFINE | SYMMETRIC
     applied = apply(net, plan, data)
     artifact = TARGET.export(applied, tmp_path / "q.xml", data[0][0])
     ran, expected = TARGET.inspect(artifact)[site.name], TARGET.realise(plan, record)[site.name]
