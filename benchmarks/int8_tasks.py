@@ -59,5 +59,5 @@ class AnyBits(bs.targets.OnnxRuntime):
 
     def supports(self, technique: bs.Technique, site: bs.Site) -> bool | bs.No:
         if isinstance(technique, bs.Int):
-            technique = dataclasses.replace(technique, w=8, granularity="channel", group=0)
+            technique = dataclasses.replace(technique, w=8, a=technique.a or 8, granularity="channel", group=0)
         return super().supports(technique, site)
