@@ -409,6 +409,7 @@ def timed(bench: Benchmark, part: str, net: str, label: str, technique: Any, ste
             start = time.perf_counter()
             made = applied(session, technique, prepared)
             seconds[name] = time.perf_counter() - start
+            print(f"{net}: {name}, {seconds[name]:.0f} s to make", flush=True)
             judged.logits[name] = session.run(f"{part}, {name}", float_logits(made))
         for found in built(session.problem, session.folder, [peer]):
             if found.value is None:
