@@ -3,7 +3,7 @@
     python -m benchmarks.int8_accuracy [--validation] [--resume] [--threads 2] [--only PART]
 
 Everybody gets the same float network and the same calibration samples, and is judged on the same test samples; with
-``--validation`` on the validation samples, which is how defaults are chosen. A tool counts with its best variant (least
+``--validation`` on the validation samples (``int8_defaults`` chooses there). A tool counts with its best variant (least
 divergence). Bars, on each network and runtime: not significantly worse than any peer (McNemar's exact test, .05,
 Holm-corrected within the network and runtime); mean KL divergence from float <= 1.05 of the best peer's; the mean drop
 over the four networks <= 0.3 points. ``w4a8``: 4-bit weights, where the methods separate. ``adaround``, ``gptq``: time.
@@ -377,7 +377,7 @@ def w4a8(bench: Benchmark) -> None:
                 bench.judge(f"{name}: KL of {mine} / best peer's ({leader})", figure, KL_BAR, "x")
 
 
-def simulate(session: Session, judged: Judged, name: str, technique: Any, prepared: Any) -> None:
+def simulate(session: Session, judged: Judged, name: str, technique: Any, prepared: Sequence[bs.Step] | None) -> None:
     """One plan of ours without a runtime."""
     found = session.kept(name)
     if found is None:

@@ -227,6 +227,9 @@ def test_quantized_and_written_again_it_is_the_same_network(name: str, tmp_path:
     gap, noise_of = float((near - other).norm()), float((other - exact).norm())
     assert gap <= 0.5 * noise_of
     artifact = bs.export(ours, target, tmp_path / "int8.onnx", inputs(4), batch=4)
+    run = target.run(artifact, [x.numpy() for x in inputs(4)])[0]
+    if name != "resnet":  # of random weights: what rounds the other way grows through it, though every site holds
+        assert float((torch.from_numpy(run) - near).norm()) < 0.2 * noise_of
     check = bs.verify(ours, artifact, data, target=target)
     assert check.passed, check
     assert check.worst_agree == 1.0
