@@ -38,8 +38,11 @@ EIGHT: Mapping[str, Settings] = {
     "ranges, bias": {"prepare": (BIAS,)},
     "default": {},
     "default without ranges": {"choose": False},
-    "default and Equalise": {"prepare": (bs.Equalise(), EQUAL, BIAS)},
-    "default and SmoothQuant": {"prepare": (bs.SmoothQuant(), EQUAL, BIAS)},
+    "default and Equalise": {"prepare": (bs.Equalise(), EQUAL, bs.SmoothQuant(0.85, multiply=True), BIAS)},
+    "default without SmoothQuant": {"prepare": (EQUAL, BIAS)},
+    "default, SmoothQuant without multiplications": {"prepare": (EQUAL, bs.SmoothQuant(0.85), BIAS)},
+    "default, SmoothQuant at 0.5": {"prepare": (EQUAL, bs.SmoothQuant(multiply=True), BIAS)},
+    "default, SmoothQuant choosing": {"prepare": (EQUAL, bs.SmoothQuant(None, multiply=True), BIAS)},
 }
 FOUR: Mapping[str, Settings] = {
     "nothing": {"prepare": (), "choose": False},

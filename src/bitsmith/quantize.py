@@ -21,6 +21,7 @@ from .plan import Plan
 from .prepare.correct_bias import CorrectBias
 from .prepare.equalise_depthwise import EqualiseDepthwise
 from .prepare.ranges import choose_ranges
+from .prepare.smooth import SmoothQuant
 from .site import Range, UnknownSiteError
 from .targets.base import Target
 from .targets.onnxruntime import OnnxRuntime
@@ -90,9 +91,16 @@ def quantize(
 def default_steps(technique: Technique) -> tuple[Step, ...]:
     """What ``quantize`` prepares a network with where it is not told.
 
+    Outliers are moved into weights of 8 bits only: fewer have no room for them.
+
     >>> default_steps(Int(8, 8))
+    (EqualiseDepthwise(limit=64.0), SmoothQuant(alpha=0.85, multiply=True), CorrectBias(samples=256))
+    >>> default_steps(Int(4, 8))
     (EqualiseDepthwise(limit=64.0), CorrectBias(samples=256))
     """
     if not isinstance(technique, Int) or technique.a is None:
         return ()
-    return (EqualiseDepthwise(), CorrectBias()) if technique.granularity != "tensor" else (CorrectBias(),)
+    if technique.granularity == "tensor":
+        return (CorrectBias(),)
+    smooth = (SmoothQuant(0.85, multiply=True),) if technique.w == 8 else ()
+    return (EqualiseDepthwise(), *smooth, CorrectBias())

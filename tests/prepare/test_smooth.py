@@ -69,8 +69,8 @@ def recorded(model: nn.Module) -> Network:
     return network(copy.deepcopy(model).eval(), data()[0][0])
 
 
-def smoothed(model: nn.Module, alpha: float | None = 0.5, plan: bs.Plan = EVERY) -> Any:
-    return SmoothQuant(alpha).prepare(recorded(model), plan, data()).model
+def smoothed(model: nn.Module, alpha: float | None = 0.5, plan: bs.Plan = EVERY, multiply: bool = False) -> Any:
+    return SmoothQuant(alpha, multiply).prepare(recorded(model), plan, data()).model
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 0.8, 1.0])
@@ -107,15 +107,22 @@ def test_values_move_into_the_projection_behind_the_attention() -> None:
 
 
 @settings(max_examples=10, deadline=None)
-@given(seed=st.integers(0, 10**6), alpha=st.sampled_from([0.0, 0.3, 0.5, 0.9, None]), post=st.booleans())
-def test_the_function_is_preserved(seed: int, alpha: float | None, post: bool) -> None:
+@given(
+    seed=st.integers(0, 10**6),
+    alpha=st.sampled_from([0.0, 0.3, 0.5, 0.9, None]),
+    post=st.booleans(),
+    multiply=st.booleans(),
+)
+def test_the_function_is_preserved(seed: int, alpha: float | None, post: bool, multiply: bool) -> None:
     model = Block(post, seed).eval()
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    net = smoothed(model, alpha, bs.Plan(dict.fromkeys(("query", "value", "out", "head"), bs.Int(4, 4))))
+    plan = bs.Plan(dict.fromkeys(("query", "value", "out", "fc2", "head")[: 3 if post else 5], bs.Int(4, 4)))
+    net = smoothed(model, alpha, plan, multiply)
     x = data(1, seed=seed)[0][0]
     with torch.no_grad():
         torch.testing.assert_close(net(x), model(x), rtol=1e-4, atol=1e-4)
-    assert net.state_dict().keys() == before.keys()
+    assert net.state_dict().keys() >= before.keys()
+    assert multiply or net.state_dict().keys() == before.keys()
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
@@ -132,6 +139,86 @@ def test_the_groups_and_the_reasons_against_others() -> None:
     assert post == {"value": ("out",)}
     assert why["norm1"] == ":add (add) reads it too"
     assert why[":layer_norm"] == "the plan gives none of its readers integer activations"
+
+
+def test_what_nothing_in_front_can_take_is_multiplied() -> None:
+    model = Block().eval()
+    found, refused = SmoothQuant(multiply=True).groups(recorded(model), every())
+    assert found[":gelu"] == ("fc2",)
+    assert found["norm1"] == ("query", "key", "value"), "as without"
+    assert "fc1" in refused
+    net = smoothed(model, 0.8, multiply=True)
+    seen: list[Tensor] = []
+    model.fc2.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    with torch.no_grad():
+        for x, _ in data():
+            model(x)
+    peaks = torch.cat(seen).abs().amax((0, 1))
+    s = peaks**0.8 / model.fc2.weight.detach().abs().amax(0) ** 0.2
+    torch.testing.assert_close(net.fc2.weight, model.fc2.weight * s)
+    torch.testing.assert_close(net.fc2.input_factor, 1 / s)
+    assert {key for key in net.state_dict() if key not in model.state_dict()} == {"fc2.input_factor"}
+
+
+def test_behind_a_norm_with_a_residual_all_readers_share_one_factor() -> None:
+    model = Block(post=True).eval()
+    plan = bs.Plan(dict.fromkeys(("query", "key", "value", "out"), bs.Int(8, 8)))
+    assert SmoothQuant(multiply=True).groups(recorded(model), plan)[0]["norm1"] == ("query", "key", "value")
+    net = smoothed(model, 0.5, plan, multiply=True)
+    assert torch.equal(net.norm1.weight, model.norm1.weight)
+    assert torch.equal(net.query.input_factor, net.key.input_factor)
+    assert torch.equal(net.query.input_factor, net.value.input_factor)
+    sites = network(net, data()[0][0]).record.sites
+    assert sites.keys() == network(model, data()[0][0]).record.sites.keys(), "a plan's names stay"
+    again = SmoothQuant(0.5, multiply=True).prepare(recorded(net), plan, data()).model
+    assert torch.equal(again.query.input_factor, net.query.input_factor), "it is smooth already"
+
+
+class Hidden(nn.Linear):
+    """A linear layer whose input goes elsewhere too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (1 + 0 * x.shape[0]) + x[..., :1].detach().tanh().mul(0.1)
+
+
+class Keyword(nn.Module):
+    """Behind a GELU: layers whose first argument cannot be multiplied, and one where it can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.plain, self.named, self.hidden = nn.Linear(WIDTH, 4), nn.Linear(WIDTH, 4), Hidden(WIDTH, 4)
+            self.free = nn.Parameter(torch.randn(4, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(x)
+        made: Tensor = self.plain(x) + self.named(input=x) + self.hidden(x) + F.linear(x, self.free)
+        return made
+
+
+def test_only_a_layer_that_is_a_module_of_its_own_is_multiplied() -> None:
+    model = Keyword().eval()
+    names = [name for name, site in network(model, data()[0][0]).record.sites.items() if site.kind == "linear"]
+    assert len(names) == 4
+    plan = bs.Plan(dict.fromkeys(names, bs.Int(8, 8)))
+    assert SmoothQuant(multiply=True).groups(recorded(model), plan)[0] == {":gelu": ("plain",)}
+
+
+def ffn_error(step: SmoothQuant | None) -> float:
+    """Error / power of a layer behind a GELU with outliers in a few channels."""
+    model = Block().eval()
+    with torch.no_grad():
+        model.fc1.weight[::5] *= 30
+    net = bs.apply(model, bs.Plan({"fc2": bs.Int(8, 8)}, () if step is None else (step,)), data(8))
+    with torch.no_grad():
+        pairs = [(model(x), net(x)) for x, _ in data(8)]
+    return sum(float((a - b).square().sum()) for a, b in pairs) / sum(float(a.square().sum()) for a, _ in pairs)
+
+
+def test_outliers_behind_a_gelu_cost_less() -> None:
+    assert ffn_error(SmoothQuant()) == ffn_error(None)
+    assert ffn_error(SmoothQuant(0.8, multiply=True)) < 0.5 * ffn_error(None)
 
 
 def test_without_integer_activations_nothing_changes() -> None:
@@ -171,7 +258,7 @@ def test_outliers_cost_less_and_the_best_alpha_is_found() -> None:
 
 
 def test_it_stands_in_a_plan() -> None:
-    for step in (SmoothQuant(), SmoothQuant(0.8), SmoothQuant(None)):
+    for step in (SmoothQuant(), SmoothQuant(0.8), SmoothQuant(None), SmoothQuant(multiply=True)):
         plan = every().replace(prepare=(step,))
         assert bs.Plan.from_json(plan.to_json()) == plan
     assert "arXiv:2211.10438" in plan.cite()[0]

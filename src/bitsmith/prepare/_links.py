@@ -33,7 +33,8 @@ class Link:
     """Channels that ``source`` makes and only ``readers`` see, with nothing but homogeneous functions in between.
 
     ``source``: a layer or a layer normalisation. ``at``: the site whose output is scaled (its batch normalisation if
-    it has one). ``scaled``: state-dict keys of what is divided to scale it, along the first axis.
+    it has one). ``scaled``: state-dict keys of what is divided to scale it, along the first axis; () if the readers'
+    inputs are multiplied instead.
     ``readers``: the layers, each with the neighbouring inputs that one channel becomes (flattened positions).
     """
 

@@ -30,6 +30,10 @@ ACTIVATION_RANGES = (Range(), Range("percentile", 99.99), Range("mse"))
 WEIGHT_RANGES = (Range(), Range("mse"))
 INPUT_RANGES = (*ACTIVATION_RANGES, Range("percentile", 99.5), Range("entropy"))
 """Features of unlike scale in one input (cepstral coefficients) ask for narrower ranges than activations do."""
+TOKEN_GAIN = 0.7
+"""What another method has to leave of the first one's error at layers of tokens. The error is taken at the readers, and
+says nothing of how attention then spreads that of one token over all others: clipping the few large values, which are
+those of such tokens, looks cheaper than it is."""
 
 
 def choose_ranges(
@@ -40,14 +44,16 @@ def choose_ranges(
     weight_candidates: Sequence[Range] = WEIGHT_RANGES,
     samples: int = 32,
     input_candidates: Sequence[Range] = INPUT_RANGES,
+    token_gain: float = TOKEN_GAIN,
 ) -> Plan:
     """The plan with the range methods that disturb the float network least on the calibration ``data``.
 
     For every activation tensor and candidate: the squared error of what its readers make of it (behind their
     normalisation and ReLU) when it alone is quantized, as a part of the output's power. Tensors that one technique
     reads share its method: that with the least sum. For every weight the same at its own output. Ties keep the earlier
-    candidate; no candidates leave that kind alone. For an input of the network the error is that of the network's own
-    outputs: what one layer makes of it says too little about what matters in it.
+    candidate; no candidates leave that kind alone. At layers of tokens (linear layers and matrix products with three
+    axes or more) another method has to come below ``token_gain`` of the first one's error. For an input of the network
+    the error is that of the network's own outputs: what one layer makes of it says too little about what matters in it.
 
     Two passes of the float network: over all ``data`` for histograms, and over the first ``samples`` samples (at least
     one batch) for errors. Sets the fields ``range``, ``weight_range`` and the range of ``out`` of techniques that have
@@ -74,7 +80,7 @@ def choose_ranges(
     with torch.no_grad():
         for inputs in first_inputs_of(data, samples):
             call(model, inputs, net.forward)
-    chosen = tensors.choose(candidates, meter.tensor_errors) if candidates else {}
+    chosen = tensors.choose(candidates, meter.tensor_errors, token_gain) if candidates else {}
     for tensor, fmt in tensors.formats.items() if input_candidates else ():
         if tensor.startswith("@") and tensors.alone(tensor):
             chosen[tensor] = _input_range(net, tensor, fmt, input_candidates, data, samples)
@@ -128,6 +134,7 @@ class _Tensors:
     def __init__(self, plan: Plan, record: Record) -> None:
         self.formats: dict[str, Format] = {}
         self.leader: dict[str, str] = {}
+        self.tokens: set[str] = set()
         fixed: set[str] = set()
         for name, technique in plan.sites.items():
             site = record.sites[name]
@@ -136,6 +143,8 @@ class _Tensors:
                 if self.formats.setdefault(tensor, fmt) != fmt:  # two formats of one tensor: as the plan says
                     fixed.add(tensor)
                 self._join(next(iter(read)), tensor)
+                if site.kind in ("linear", "matmul") and len(site.operands[0].shape) > 2:
+                    self.tokens.add(tensor)
             out = technique.writes(site)
             if out is not None and self.formats.setdefault(site.tail, out) != out:
                 fixed.add(site.tail)
@@ -158,16 +167,21 @@ class _Tensors:
     def _join(self, one: str, other: str) -> None:
         self.leader[self._find(other)] = self._find(one)
 
-    def choose(self, candidates: Sequence[Range], errors: Mapping[tuple[str, Range], float]) -> dict[str, Range]:
-        """The candidate with the least sum over the tensors that must agree, by tensor."""
+    def choose(
+        self, candidates: Sequence[Range], errors: Mapping[tuple[str, Range], float], token_gain: float
+    ) -> dict[str, Range]:
+        """The candidate with the least sum over the tensors that must agree, by tensor. Where one of these is of
+        tokens, the first one unless the sum is below ``token_gain`` of its own."""
         sums: dict[tuple[str, Range], float] = defaultdict(float)
         for tensor in self.formats:
             for method in candidates:
                 sums[self._find(tensor), method] += errors.get((tensor, method), 0.0)
-        best = {
-            leader: min(candidates, key=lambda method: sums[leader, method])
-            for leader in {self._find(tensor) for tensor in self.formats}
-        }
+        careful = {self._find(tensor) for tensor in self.tokens if tensor in self.formats}
+        best = {}
+        for leader in {self._find(tensor) for tensor in self.formats}:
+            if leader in careful:
+                sums[leader, candidates[0]] *= token_gain
+            best[leader] = min(candidates, key=lambda method: sums[leader, method])
         return {tensor: best[self._find(tensor)] for tensor in self.formats}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,12 +16,17 @@ from ..numerics.ranges import qparams
 from ..plan import Plan
 from ..site import Format
 from ..technique import Step
-from ._layers import Layer, observe
+from ._layers import Layer, layers, observe
 from ._links import Link, find_links, move, reader_range
+from ._multiplied import confirmed, multiply_input
 
-ALPHAS = tuple(i / 10 for i in range(1, 10))
+ALPHAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 _ROWS = 1024  # inputs kept of each group to compare values of alpha
 _LEAST = 1e-5  # no factor is smaller: a channel that is nearly silent stays quantizable
+
+
+_IN_FLOAT = frozenset(("layer_norm", "rms_norm", "gelu", "silu", "tanh", "sigmoid", "mish", "elu"))
+"""What runtimes compute in float between integer layers: a multiplication behind it breaks no integer chain."""
 
 
 @dataclass(frozen=True)
@@ -32,15 +38,22 @@ class SmoothQuant(Step):
     goes into the layer normalisation in front, or into a linear layer in front: over the weighted mean of an attention
     (values -> output projection), ReLU, or nothing. It is exact and adds no operation.
 
-    ``alpha`` in [0, 1]; None: for each group the value among 0.1, 0.2, ..., 0.9, or no change, whose simulated output
-    is closest to the float one. Groups without a reader that the plan gives integer activations are left alone, and so
-    are normalisations that something else reads as well (the residual addition of post-norm blocks, as in BERT), which
-    no weight could undo: :meth:`groups` tells both kinds. Where there is no group nothing changes.
+    ``alpha`` in [0, 1]; None: for each group the value of ``ALPHAS``, or no change, whose simulated output is closest
+    to the float one.
+
+    ``multiply``: where nothing in front can take the factor, multiply the layer's input by ``1 / s``, an operation more
+    for each layer. So also behind GELU, and behind a normalisation that something else reads as well (the residual
+    addition of post-norm blocks, as in BERT). Only behind what is computed in float in any case, and where the layer is
+    a module of its own.
+
+    Groups without a reader that the plan gives integer activations are left alone: :meth:`groups` tells which are
+    taken, and why others are not. Where there is no group nothing changes.
     """
 
     keeps_function: ClassVar[bool] = True
 
     alpha: float | None = 0.5
+    multiply: bool = False
 
     def __post_init__(self) -> None:
         if self.alpha is not None and not 0.0 <= self.alpha <= 1.0:
@@ -48,11 +61,11 @@ class SmoothQuant(Step):
 
     def groups(self, net: Network, plan: Plan) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
         """Which linear layers are smoothed behind each normalisation or layer, and why other ones are not."""
-        links, refused = _links(net, plan)
+        links, refused = _links(net, plan, self.multiply)
         return {link.source: tuple(layer.site.name for layer, _ in link.readers) for link in links}, refused
 
     def prepare(self, net: Network, plan: Plan, data: Any) -> Network:
-        links, _ = _links(net, plan)
+        links, _ = _links(net, plan, self.multiply)
         if not links:
             return net
         for link, seen in zip(links, _observed(net, links, data, self.alpha is None), strict=True):
@@ -62,10 +75,12 @@ class SmoothQuant(Step):
                 factor = _factor(seen.peaks, _weight_range(net, link), self.alpha)
             if factor is not None:
                 move(net.model, link, factor)
+                for layer, _ in () if link.scaled else link.readers:
+                    multiply_input(net.model.get_submodule(layer.site.path), 1 / factor)
         return net.with_model(net.model)
 
 
-def _links(net: Network, plan: Plan) -> tuple[list[Link], dict[str, str]]:
+def _links(net: Network, plan: Plan, multiply: bool) -> tuple[list[Link], dict[str, str]]:
     links, refused = find_links(net)
     kept = []
     refused = {name: why for name, why in refused.items() if net.record.sites[name].kind in ("layer_norm", "linear")}
@@ -78,7 +93,28 @@ def _links(net: Network, plan: Plan) -> tuple[list[Link], dict[str, str]]:
             refused[link.source] = "the plan gives none of its readers integer activations"
         else:
             kept.append(link)
-    return kept, refused
+    if multiply:
+        kept += _multiplied(net, plan, {layer.site.name for link in kept for layer, _ in link.readers})
+    return kept, {name: why for name, why in refused.items() if name not in {link.source for link in kept}}
+
+
+def _multiplied(net: Network, plan: Plan, taken: Set[str]) -> list[Link]:
+    """A link for each tensor whose linear readers get a multiplication: nothing is scaled in front of it."""
+    groups: dict[str, list[Layer]] = {}
+    for name, layer in layers(net.record).items():
+        tensor = net.record.tensors[layer.site.operands[0].tensor]
+        source = net.record.sites.get(tensor.producer)
+        if layer.site.kind != "linear" or name in taken or _format(plan, layer) is None:
+            continue
+        if source is not None and source.kind in _IN_FLOAT and not layer.site.operands[0].constant:
+            groups.setdefault(source.name, []).append(layer)
+    good = confirmed(net, [layer for group in groups.values() for layer in group])
+    kept = {source: [layer for layer in group if layer.site.name in good] for source, group in groups.items()}
+    return [
+        Link(source, source, (), group[0].site.operands[1].shape[1], tuple((layer, 1) for layer in group))
+        for source, group in kept.items()
+        if group
+    ]
 
 
 def _format(plan: Plan, layer: Layer) -> Format | None:
