@@ -203,6 +203,13 @@ class _Comparison:
         self.quantizers: dict[str, Quantizer] = {
             tensor: quantizer for tensor, quantizer in computer_of(net).written.items() if tensor in artifact.values
         }
+        # what readers quantize themselves: inputs of the network, and what is read as float too
+        given = {name for name, _, _ in artifact.inputs}
+        self.reading = {
+            tensor: quantizer
+            for tensor, quantizer in computer_of(self.net).read.items()
+            if artifact.values.get(tensor, "") not in {"", *given}
+        }
         self.run, self.simulation = _Errors(), _Errors()
         self.gaps: dict[str, _Errors] = defaultdict(_Errors)
         self.noise: dict[str, _Errors] = defaultdict(_Errors)
@@ -220,18 +227,18 @@ class _Comparison:
         self.simulation.classes(floating[0], simulated[0])
 
     def sites(self, inputs: Any) -> None:
-        """Compare every quantized tensor and the outputs: run against simulation fed the same input, and the quantized
-        ones against float."""
-        names = list(self.quantizers)
+        """Compare every quantized tensor and the outputs: run against simulation fed the same input, and what is
+        quantized where it is written against float."""
+        names = [*self.quantizers, *self.reading]
         ran = dict(zip(names, self._ran(inputs, names), strict=True)) if names else {}
 
         def force(tensor: str, simulated: Tensor) -> Tensor:
             found = ran.get(tensor)
-            if found is None:
+            if found is None or found.numel() < simulated.numel():  # the runtime pads behind its quantizer
                 return simulated
             # a tensor without the batch, such as embedded positions, comes whole from every run
             value = found.flatten()[: simulated.numel()].reshape(simulated.shape)
-            apart = (value - simulated).abs() / self.quantizers[tensor].scale
+            apart = (value - simulated).abs() / {**self.quantizers, **self.reading}[tensor].scale
             self.steps[tensor][0] += int((apart < 1.5).sum())
             self.steps[tensor][1] += apart.numel()
             self.gaps[tensor].add(simulated, value)
@@ -247,7 +254,13 @@ class _Comparison:
             self.noise[tensor].add(kept[tensor], value)
             return value
 
+        hooks = [
+            quantizer.register_forward_hook(lambda _, given, read, tensor=tensor: force(tensor, read))
+            for tensor, quantizer in self.reading.items()
+        ]
         outputs = self._probed(self.net, force, inputs)
+        for hook in hooks:
+            hook.remove()
         for name, simulated, got in zip(self.artifact.outputs, outputs, self._ran(inputs, ()), strict=True):
             self.ends[name].add(simulated, got)
         self._probed(self.floating, keep, inputs)
@@ -260,7 +273,7 @@ class _Comparison:
             end = self.ends.get(self.artifact.values.get(site.tail, ""))
             return None, end.db if end is not None else None, None
         within, count = self.steps[tensor]
-        return within / count, self.gaps[tensor].db, self.noise[tensor].db
+        return within / count, self.gaps[tensor].db, self.noise[tensor].db if tensor in self.noise else None
 
     def _probed(self, net: nn.Module, probe: Callable[[str, Tensor], Tensor], inputs: Any) -> list[Tensor]:
         computer_of(net).probe = probe

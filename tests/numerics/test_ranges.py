@@ -51,7 +51,18 @@ def test_qparams(low: float, high: float, fmt: Format) -> None:
     assert all(least - slack <= step <= greatest + slack for step in steps)
     if max(-low, high) > 1e-3:
         used = max(abs(steps[0] - zero_point), abs(steps[1] - zero_point)) if fmt.symmetric else steps[1] - steps[0]
-        assert used >= (greatest if fmt.symmetric else greatest - least) * 0.999
+        even = fmt.bits >= 8 and bool(np.isclose(-low, high, rtol=1e-6, atol=0.0))  # leaves one level out
+        assert used >= (greatest if fmt.symmetric else greatest - least - even) * 0.999
+
+
+def test_pixels_do_not_lie_half_way_between_levels() -> None:
+    scale, zero_point = qparams(-1.0, 1.0, Format(8))
+    assert zero_point == 127
+    pixels = np.arange(256) / 127.5 - 1  # as MobileNet's
+    from_tie = np.abs(np.abs(pixels / scale - np.rint(pixels / scale)) - 0.5)
+    assert from_tie.min() > 1e-3
+    assert _error(pixels, -1.0, 1.0, Format(8)) < 0.1 * (2 / 255) ** 2  # on ties it would be a quarter
+    assert qparams(-1.0, 1.0, Format(2))[0] == float(np.float32(2 / 3)), "few levels are worth more than that"
 
 
 def test_qparams_examples() -> None:

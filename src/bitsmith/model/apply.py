@@ -73,6 +73,19 @@ class _Computer(Names):
         self.busy = frozenset({*plan.sites, *self.writes})
         self.watch(self.busy)
 
+    @property
+    def read(self) -> dict[str, Quantizer]:
+        """The quantizers of tensors that only readers quantize, and all in one format."""
+        found: dict[str, list[Quantizer]] = {}
+        for name, site in self.record_sites.items():
+            cell = self.cells[name]
+            if not isinstance(cell, Cell):
+                continue
+            for operand, quantizer, at_read in zip(site.operands, cell.quantizers, cell.at_read, strict=False):
+                if at_read and isinstance(quantizer, Quantizer) and operand.tensor not in self.written:
+                    found.setdefault(operand.tensor, []).append(quantizer)
+        return {tensor: same[0] for tensor, same in found.items() if all(one is same[0] for one in same)}
+
     def fold(self, name: str, module: nn.Module) -> None:
         """The normalisation at site ``name`` is absorbed by its producer while ``module`` is in eval."""
         self.folded[name] = module

@@ -67,9 +67,10 @@ def qparams(low: float, high: float, fmt: Format) -> tuple[float, int]:
     """Scale (a float32 value, at least ``MIN_SCALE``) and zero point (one of ``fmt.levels``) for an interval.
 
     The interval is first widened to hold 0, which is represented exactly; rounding the zero point moves the limits by
-    at most half a step. Symmetric signed: zero point 0, ``scale = max|.| / (2^(bits-1) - 1)``. Symmetric unsigned:
-    zero point 0, ``scale = high / (2^bits - 1)``, and ``low`` must not be negative (``ValueError``). An interval
-    without width (a tensor of zeros) is taken as magnitude 1.
+    at most half a step. An affine interval from ``-x`` to ``x`` of 8 bits or more leaves one level out instead: its
+    zero point is exact. Symmetric signed: zero point 0, ``scale = max|.| / (2^(bits-1) - 1)``. Symmetric unsigned: zero
+    point 0, ``scale = high / (2^bits - 1)``, and ``low`` must not be negative (``ValueError``). An interval without
+    width (a tensor of zeros) is taken as magnitude 1.
 
     >>> qparams(-1.0, 1.0, Format(8, signed=True, symmetric=True))[0] == float(torch.tensor(1 / 127))
     True
@@ -135,7 +136,12 @@ def _qparams(low: Vector, high: Vector, fmt: Format) -> tuple[Vector, NDArray[np
     low, high = np.minimum(low, 0.0), np.maximum(high, 0.0)
     width = (np.maximum(-low, high) if fmt.signed else high) if fmt.symmetric else high - low
     width = np.where(width == 0.0, width.max() or 1.0, width)
-    scale = np.maximum(width / (greatest if fmt.symmetric else greatest - least), MIN_SCALE)
+    steps = np.full_like(width, greatest if fmt.symmetric else greatest - least)
+    if not fmt.symmetric and fmt.bits >= 8:
+        # the zero point would lie half way between two levels, and with it every pixel k / 127.5 - 1, where runtimes
+        # round differently and rounding errs most
+        steps = np.where(np.isclose(-low, high, rtol=1e-6, atol=0.0), steps - 1, steps)
+    scale = np.maximum(width / steps, MIN_SCALE)
     scale = scale.astype(np.float32).astype(np.float64)
     zero = np.zeros_like(scale) if fmt.symmetric else np.clip(np.rint(least - low / scale), least, greatest)
     return scale, zero.astype(np.int64)
