@@ -140,7 +140,7 @@ def _qparams(low: Vector, high: Vector, fmt: Format) -> tuple[Vector, NDArray[np
     if not fmt.symmetric and fmt.bits >= 8:
         # the zero point would lie half way between two levels, and with it every pixel k / 127.5 - 1, where runtimes
         # round differently and rounding errs most
-        steps = np.where(np.isclose(-low, high, rtol=1e-6, atol=0.0), steps - 1, steps)
+        steps = np.where((high > 0) & np.isclose(-low, high, rtol=1e-6, atol=0.0), steps - 1, steps)
     scale = np.maximum(width / steps, MIN_SCALE)
     scale = scale.astype(np.float32).astype(np.float64)
     zero = np.zeros_like(scale) if fmt.symmetric else np.clip(np.rint(least - low / scale), least, greatest)
