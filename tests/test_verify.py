@@ -133,11 +133,22 @@ def test_the_same_class_counts() -> None:
     fine = bs.Check(sites, 50.0, 30.0, 0.99, 0.98, 100, 40.0, "onnxruntime")
     assert fine.passed
     assert not dataclasses.replace(fine, same_class=0.97).passed
-    assert not dataclasses.replace(fine, whole_db=39.9).passed
+    assert not dataclasses.replace(fine, whole_db=32.9).passed
+    assert not dataclasses.replace(fine, whole_db=39.9, float_db=37.0).passed
     assert not dataclasses.replace(fine, whole_db=float("nan")).passed
     assert not dataclasses.replace(fine, sites=(dataclasses.replace(sites[0], agree=0.9989),)).passed
     assert not dataclasses.replace(fine, sites=(SiteCheck("a", "Int", "int8", gap_db=39.0),)).passed
     assert dataclasses.replace(fine, same_class=None, float_same_class=None).passed
+
+
+@pytest.mark.parametrize(("float_db", "needed"), [(60.0, 40.0), (37.0, 40.0), (30.0, 33.0), (float("inf"), 40.0)])
+def test_a_deep_network_is_held_against_its_own_quantization_noise(float_db: float, needed: float) -> None:
+    check = bs.Check((SiteCheck("a", "Int", "int8", agree=1.0),), needed, float_db, None, None, 9, 40.0, "onnxruntime")
+    assert check.needed_db == needed
+    assert check.passed
+    assert not dataclasses.replace(check, whole_db=needed - 0.1).passed
+    # a site fed what the run fed it has no noise of others to excuse it
+    assert not dataclasses.replace(check, sites=(SiteCheck("a", "Int", "int8", gap_db=39.0),)).passed
 
 
 def test_fewer_samples_than_one_batch_of_the_file(shipped: Shipped) -> None:
