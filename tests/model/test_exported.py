@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bitsmith as bs
-from bitsmith.model.exported import ExportedError, from_program
+from bitsmith.model.exported import ExportedError, _to, from_program
 from bitsmith.zoo.cifar_resnet import resnet20
 
 BATCH = torch.export.Dim("batch", min=1)
@@ -151,3 +151,27 @@ def test_control_flow_is_refused() -> None:
 def test_inputs_are_checked(loaded: nn.Module) -> None:
     with pytest.raises(ValueError, match=r"has shape \(1, 3, 16, 16\), but the file fixes"):
         loaded(torch.zeros(1, 3, 16, 16))
+
+
+class Moves(nn.Module):
+    """What Keras does with every tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.layer(x.to("cpu").to(torch.float32)).to(torch.float64)
+        return made
+
+
+def test_moves_to_a_type_and_a_device_are_read() -> None:
+    model, x = Moves().eval(), torch.randn(2, 4, dtype=torch.float64)
+    program = torch.export.export(model, (x,), strict=False)
+    targets = {str(node.target) for node in program.graph.nodes}
+    assert "aten.to.dtype_layout" in targets, "else this tests nothing"
+    found = from_program(program)
+    assert torch.equal(found(x), model(x))
+    assert "layer" in bs.sites(found, x)
+    with pytest.raises(ExportedError, match="sparse"):
+        _to(x, layout=torch.sparse_coo)

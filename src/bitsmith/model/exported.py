@@ -124,6 +124,12 @@ def _log_softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
     return torch.log_softmax(x, dim)
 
 
+def _to(x: Tensor, *target: Any, layout: Any = None, pin_memory: Any = None, **rest: Any) -> Tensor:
+    if layout not in (None, x.layout):
+        raise ExportedError(f"a tensor is brought into the layout {layout}: only {x.layout} is read")
+    return x.to(*target, **{key: value for key, value in rest.items() if value is not None})
+
+
 def _size(x: Tensor, dim: int) -> Any:
     return x.shape[dim]
 
@@ -141,6 +147,7 @@ _WITH_OTHER_ARGUMENTS: Mapping[str, Compute] = {
     "convolution": _convolution,
     "_softmax": _softmax,
     "_log_softmax": _log_softmax,
+    "to": _to,
     "sym_size": _size,
     "t": torch.Tensor.t,
 }
