@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -44,18 +45,23 @@ class Samples:
         return f"{self.median:.4g} ms ({low:.4g} to {high:.4g})"
 
 
-def interleaved(callables: Mapping[str, Callable[[], Any]], rounds: int, warm: int = 2) -> dict[str, Samples]:
-    """Every callable once per round, in an order that rotates, so that a machine that slows down slows all of them.
+def interleaved(
+    callables: Mapping[str, Callable[[], Any]], rounds: int, warm: int = 2, refill: bool = False, seed: int = 0
+) -> dict[str, Samples]:
+    """Every callable once per round, in an order drawn anew for each, so that a machine that slows down slows all of
+    them, and none always runs in the caches that one other left behind.
 
-    ``warm`` rounds come first and are not counted.
+    ``warm`` rounds come first and are not counted. ``refill``: call each twice in turn and time the second.
     """
     if rounds < 1:
         raise ValueError(f"interleaved(rounds={rounds}): must be 1 or more")
     names = list(callables)
     found: dict[str, list[float]] = {name: [] for name in names}
+    order = random.Random(seed)
     for index in range(warm + rounds):
-        start_at = index % len(names)
-        for name in names[start_at:] + names[:start_at]:
+        for name in order.sample(names, len(names)):
+            if refill:
+                callables[name]()
             start = time.perf_counter()
             callables[name]()
             if index >= warm:

@@ -174,9 +174,9 @@ def measure(bench: Benchmark, net: str, subject: Subject, compared: list[File]) 
             if file.kind == "ours":
                 bench.miss(f"{file.name} does not run in {file.runtime}")
             compared.remove(file)
-    for _ in range(OPENINGS[net][bool(bench.options.full)]):
+    for opening in range(OPENINGS[net][bool(bench.options.full)]):
         runs = {file.name: _bound(file.open(bench.threads), held_out[0]) for file in compared}
-        times = interleaved(runs, ROUNDS, warm=3)
+        times = interleaved(runs, ROUNDS, warm=3, refill=True, seed=opening)
         for file in compared:
             file.samples.extend(times[file.name].ms)
         runs.clear()

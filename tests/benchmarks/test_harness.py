@@ -43,11 +43,25 @@ def started(argv):
     return made
 
 
-def test_interleaved_rotates_the_order_and_leaves_out_the_warm_rounds():
-    seen = []
-    times = harness.interleaved({name: lambda name=name: seen.append(name) for name in "abc"}, rounds=2, warm=1)
-    assert "".join(seen) == "abc" + "bca" + "cab"
-    assert {name: len(samples.ms) for name, samples in times.items()} == {"a": 2, "b": 2, "c": 2}
+def test_interleaved_draws_the_order_and_leaves_out_the_warm_rounds():
+    seen: list[str] = []
+    times = harness.interleaved({name: lambda name=name: seen.append(name) for name in "abc"}, rounds=20, warm=1)
+    rounds = ["".join(seen[at : at + 3]) for at in range(0, 63, 3)]
+    assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
+    assert {one[0] for one in rounds} == {"a", "b", "c"}
+    assert {"ab", "ba"} <= {two for one in rounds for two in (one[:2], one[1:])}, "no fixed predecessor"
+    assert all(len(samples.ms) == 20 for samples in times.values())
+    again: list[str] = []
+    harness.interleaved({name: lambda name=name: again.append(name) for name in "abc"}, rounds=20, warm=1)
+    assert again == seen
+
+
+def test_a_refilling_call_comes_before_each_timed_one():
+    seen: list[str] = []
+    times = harness.interleaved({name: lambda name=name: seen.append(name) for name in "ab"}, 3, warm=0, refill=True)
+    assert seen[::2] == seen[1::2]
+    assert len(seen) == 12
+    assert len(times["a"].ms) == 3
 
 
 def test_samples_give_median_and_quartiles():
