@@ -14,9 +14,10 @@ from torch import nn
 
 import bitsmith as bs
 from bitsmith.model.network import network
-from bitsmith.targets import OnnxRuntime, TargetError
+from bitsmith.site import Site
+from bitsmith.targets import OnnxRuntime, Realised, TargetError
 from bitsmith.testing import MockTarget
-from bitsmith.verify import SiteCheck, slice_inputs
+from bitsmith.verify import SiteCheck, _why, slice_inputs
 from smallnet import batches, small
 
 TARGET = OnnxRuntime(threads=1)
@@ -200,3 +201,12 @@ def test_a_tensor_without_the_batch_is_compared_once(tmp_path: Path) -> None:
     check = bs.verify(net, artifact, data)
     assert check.passed
     assert [site.agree for site in check.sites if site.site == "positions"] == [1.0]
+
+
+def test_a_lookup_that_is_stored_as_integers_is_as_asked() -> None:
+    table = Site("e", "embedding", "e", "integer", (), ("e",), ((2, 3, 16),))
+    layer = dataclasses.replace(table, name="l", kind="linear")
+    stored = Realised("size only", "stored as integers")
+    assert _why(bs.Int(8, 8), stored, table) == ""
+    assert _why(bs.Int(8, 8), stored, layer) == "stored as integers"
+    assert _why(bs.Int(8, 8), Realised("float32", "in float"), table) == "in float"

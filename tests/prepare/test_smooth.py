@@ -189,18 +189,20 @@ class Keyword(nn.Module):
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.plain, self.named, self.hidden = nn.Linear(WIDTH, 4), nn.Linear(WIDTH, 4), Hidden(WIDTH, 4)
+            self.taken = nn.Linear(WIDTH, 4)
+            self.taken.register_buffer("input_factor", torch.full((WIDTH,), 2.0))
             self.free = nn.Parameter(torch.randn(4, WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.gelu(x)
-        made: Tensor = self.plain(x) + self.named(input=x) + self.hidden(x) + F.linear(x, self.free)
+        made: Tensor = self.plain(x) + self.named(input=x) + self.hidden(x) + self.taken(x) + F.linear(x, self.free)
         return made
 
 
 def test_only_a_layer_that_is_a_module_of_its_own_is_multiplied() -> None:
     model = Keyword().eval()
     names = [name for name, site in network(model, data()[0][0]).record.sites.items() if site.kind == "linear"]
-    assert len(names) == 4
+    assert len(names) == 5
     plan = bs.Plan(dict.fromkeys(names, bs.Int(8, 8)))
     assert SmoothQuant(multiply=True).groups(recorded(model), plan)[0] == {":gelu": ("plain",)}
 

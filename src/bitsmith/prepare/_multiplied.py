@@ -21,8 +21,8 @@ def multiply_input(module: nn.Module, factor: Tensor) -> None:
     """Let ``module`` compute with its first argument times ``factor``, shape (inputs,), along the last axis."""
     weight = next(module.parameters())
     factor = factor.to(weight.device, weight.dtype)
-    if isinstance(known := module._buffers.get(BUFFER), Tensor):
-        module.register_buffer(BUFFER, known * factor)
+    if _multiplied in module._forward_pre_hooks.values():
+        module.register_buffer(BUFFER, module.get_buffer(BUFFER) * factor)
         return
     module.register_buffer(BUFFER, factor)
     module.register_forward_pre_hook(_multiplied)
@@ -55,11 +55,11 @@ def _trial(layer: Layer, leaf: str, good: dict[str, Layer]) -> Any:
         weight: Tensor = getattr(twin, leaf)
         # factors that differ for every channel, so that no exchange of channels goes unseen
         factor = torch.linspace(0.5, 2, weight.shape[1], dtype=weight.dtype, device=weight.device)
-        multiply_input(twin, factor)
         weight.div_(factor)
         try:
+            multiply_input(twin, factor)
             got = twin(*args)
-        except RuntimeError:  # the first argument has other channels
+        except (KeyError, RuntimeError):  # it has something of that name; its first argument has other channels
             return
         if got.shape == output.shape and torch.allclose(got, output, rtol=1e-4, atol=1e-4 * float(output.abs().max())):
             good[layer.site.name] = layer

@@ -44,7 +44,7 @@ class SmoothQuant(Step):
     ``multiply``: where nothing in front can take the factor, multiply the layer's input by ``1 / s``, an operation more
     for each layer. So also behind GELU, and behind a normalisation that something else reads as well (the residual
     addition of post-norm blocks, as in BERT). Only behind what is computed in float in any case, and where the layer is
-    a module of its own.
+    a module of its own, which gets a buffer ``input_factor``.
 
     Groups without a reader that the plan gives integer activations are left alone: :meth:`groups` tells which are
     taken, and why others are not. Where there is no group nothing changes.
