@@ -18,12 +18,17 @@ BUFFER = "input_factor"
 
 
 def multiply_input(module: nn.Module, factor: Tensor) -> None:
-    """Let ``module`` compute with its first argument times ``factor``, shape (inputs,), along the last axis."""
+    """Let ``module`` compute with its first argument times ``factor``, shape (inputs,), along the last axis.
+
+    Raises ``KeyError`` if it has another ``BUFFER``.
+    """
     weight = next(module.parameters())
     factor = factor.to(weight.device, weight.dtype)
     if _multiplied in module._forward_pre_hooks.values():
         module.register_buffer(BUFFER, module.get_buffer(BUFFER) * factor)
         return
+    if hasattr(module, BUFFER):
+        raise KeyError(f"{type(module).__name__} has an attribute {BUFFER!r} of its own")
     module.register_buffer(BUFFER, factor)
     module.register_forward_pre_hook(_multiplied)
 
