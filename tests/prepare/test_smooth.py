@@ -259,6 +259,16 @@ def test_outliers_cost_less_and_the_best_alpha_is_found() -> None:
     torch.testing.assert_close(weight, fixed[best][1])
 
 
+@pytest.mark.parametrize("alpha", [0.5, None])
+@pytest.mark.parametrize("batch", [0, 1])
+def test_what_is_not_finite_is_left_to_calibration(batch: int, alpha: float | None) -> None:
+    items = data()
+    items[batch][0][0, 0, 0] = float("nan")
+    plan = every().replace(prepare=(SmoothQuant(alpha, multiply=True),))
+    with pytest.raises(bs.CalibrationError, match="NaN"):
+        bs.apply(Block(), plan, items)
+
+
 def test_it_stands_in_a_plan() -> None:
     for step in (SmoothQuant(), SmoothQuant(0.8), SmoothQuant(None), SmoothQuant(multiply=True)):
         plan = every().replace(prepare=(step,))

@@ -69,6 +69,8 @@ class SmoothQuant(Step):
         if not links:
             return net
         for link, seen in zip(links, _observed(net, links, data, self.alpha is None), strict=True):
+            if not seen.peaks.isfinite().all():  # calibration says what is not
+                continue
             if self.alpha is None:
                 factor = _best(net, plan, link, seen)
             else:
