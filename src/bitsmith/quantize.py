@@ -1,7 +1,7 @@
 """One call from a float network to an integer one: the plan a target would be given, prepared and applied.
 
-The defaults came closest to float (geometric mean of KL divergences) on the validation data of four trained networks,
-among the combinations of steps in benchmarks/int8_defaults.py; docs/post_training.md has the figures.
+The defaults are among what came closest to float (geometric mean of KL divergences) on validation data of trained
+networks, of the combinations of steps in benchmarks/int8_defaults.py; docs/post_training.md has the figures.
 """
 
 from __future__ import annotations
