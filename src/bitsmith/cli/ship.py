@@ -149,7 +149,7 @@ def print_check(check: Check) -> None:
     caption = (
         "agree: integers within one step; gap: run against simulation; SQNR: simulation against float\n"
         f"whole network on {check.target}, {check.samples} samples: run against simulation {check.whole_db:.1f} dB "
-        f"(at least {check.needed_db:.0f}), simulation against float {check.float_db:.1f} dB"
+        f"(at least {check.tolerance_db:.0f}), simulation against float {check.float_db:.1f} dB"
     )
     if check.same_class is not None and check.float_same_class is not None:
         caption += (
