@@ -229,16 +229,18 @@ class _Comparison:
     def sites(self, inputs: Any) -> None:
         """Compare every quantized tensor and the outputs: run against simulation fed the same input, and what is
         quantized where it is written against float."""
-        names = [*self.quantizers, *self.reading]
+        quantizers = {**self.quantizers, **self.reading}
+        names = list(quantizers)
         ran = dict(zip(names, self._ran(inputs, names), strict=True)) if names else {}
 
         def force(tensor: str, simulated: Tensor) -> Tensor:
             found = ran.get(tensor)
-            if found is None or found.numel() < simulated.numel():  # the runtime pads behind its quantizer
+            # the runtime may pad behind the quantizer, the simulation before it
+            if found is None or (tensor in self.reading and found.numel() < simulated.numel()):
                 return simulated
             # a tensor without the batch, such as embedded positions, comes whole from every run
             value = found.flatten()[: simulated.numel()].reshape(simulated.shape)
-            apart = (value - simulated).abs() / {**self.quantizers, **self.reading}[tensor].scale
+            apart = (value - simulated).abs() / quantizers[tensor].scale
             self.steps[tensor][0] += int((apart < 1.5).sum())
             self.steps[tensor][1] += apart.numel()
             self.gaps[tensor].add(simulated, value)
@@ -258,9 +260,11 @@ class _Comparison:
             quantizer.register_forward_hook(lambda _, given, read, tensor=tensor: force(tensor, read))
             for tensor, quantizer in self.reading.items()
         ]
-        outputs = self._probed(self.net, force, inputs)
-        for hook in hooks:
-            hook.remove()
+        try:
+            outputs = self._probed(self.net, force, inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
         for name, simulated, got in zip(self.artifact.outputs, outputs, self._ran(inputs, ()), strict=True):
             self.ends[name].add(simulated, got)
         self._probed(self.floating, keep, inputs)

@@ -113,6 +113,19 @@ def test_tensors_that_meet_agree() -> None:
         assert dataclasses.replace(technique, **keep) == old  # type: ignore[arg-type]
 
 
+def test_at_layers_of_tokens_another_method_has_to_gain_more() -> None:
+    plan = bs.Plan({"two": bs.Int(8, 4)})
+
+    def chosen(x: Tensor, token_gain: float) -> Range:
+        net = network(Two(30.0).eval(), x)
+        return _range(choose_ranges(net, plan, [(x, None)], (MINMAX, MSE), token_gain=token_gain), "two")
+
+    rows, tokens = vectors(), vectors().reshape(32, 8, 16)
+    assert chosen(rows, 1.0) == chosen(tokens, 1.0) == MSE
+    assert chosen(tokens, 0.0) == MINMAX
+    assert chosen(rows, 0.0) == MSE, "vectors are no tokens"
+
+
 def test_weights_get_the_method_with_less_output_error() -> None:
     model = small()
     with torch.no_grad():

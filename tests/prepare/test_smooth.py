@@ -181,6 +181,13 @@ class Hidden(nn.Linear):
         return super().forward(x) * (1 + 0 * x.shape[0]) + x[..., :1].detach().tanh().mul(0.1)
 
 
+class Scaled(nn.Linear):
+    """A linear layer that must be given a keyword."""
+
+    def forward(self, x: Tensor, *, factor: float) -> Tensor:  # type: ignore[override]
+        return super().forward(x) * factor
+
+
 class Keyword(nn.Module):
     """Behind a GELU: layers whose first argument cannot be multiplied, and one where it can."""
 
@@ -189,6 +196,7 @@ class Keyword(nn.Module):
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.plain, self.named, self.hidden = nn.Linear(WIDTH, 4), nn.Linear(WIDTH, 4), Hidden(WIDTH, 4)
+            self.scaled = Scaled(WIDTH, 4)
             self.taken = nn.Linear(WIDTH, 4)
             self.taken.register_buffer("input_factor", torch.full((WIDTH,), 2.0))
             self.free = nn.Parameter(torch.randn(4, WIDTH))
@@ -196,15 +204,15 @@ class Keyword(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.gelu(x)
         made: Tensor = self.plain(x) + self.named(input=x) + self.hidden(x) + self.taken(x) + F.linear(x, self.free)
-        return made
+        return made + self.scaled(x, factor=2.0)
 
 
 def test_only_a_layer_that_is_a_module_of_its_own_is_multiplied() -> None:
     model = Keyword().eval()
     names = [name for name, site in network(model, data()[0][0]).record.sites.items() if site.kind == "linear"]
-    assert len(names) == 5
+    assert len(names) == 6
     plan = bs.Plan(dict.fromkeys(names, bs.Int(8, 8)))
-    assert SmoothQuant(multiply=True).groups(recorded(model), plan)[0] == {":gelu": ("plain",)}
+    assert SmoothQuant(multiply=True).groups(recorded(model), plan)[0] == {":gelu": ("plain", "scaled")}
 
 
 def ffn_error(step: SmoothQuant | None) -> float:

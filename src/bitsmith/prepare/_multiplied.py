@@ -18,18 +18,9 @@ BUFFER = "input_factor"
 
 
 def multiply_input(module: nn.Module, factor: Tensor) -> None:
-    """Let ``module`` compute with its first argument times ``factor``, shape (inputs,), along the last axis.
-
-    Raises ``KeyError`` if it has another ``BUFFER``.
-    """
+    """Let ``module`` compute with its first argument times ``factor``, shape (inputs,), along the last axis."""
     weight = next(module.parameters())
-    factor = factor.to(weight.device, weight.dtype)
-    if _multiplied in module._forward_pre_hooks.values():
-        module.register_buffer(BUFFER, module.get_buffer(BUFFER) * factor)
-        return
-    if hasattr(module, BUFFER):
-        raise KeyError(f"{type(module).__name__} has an attribute {BUFFER!r} of its own")
-    module.register_buffer(BUFFER, factor)
+    module.register_buffer(BUFFER, factor.to(weight.device, weight.dtype))
     module.register_forward_pre_hook(_multiplied)
 
 
@@ -44,16 +35,19 @@ def confirmed(net: Network, found: Iterable[Layer]) -> dict[str, Layer]:
     good: dict[str, Layer] = {}
     for layer in found:
         path, _, leaf = layer.key.rpartition(".")
-        if layer.site.name == path:
-            replica.get_submodule(path).register_forward_hook(_trial(layer, leaf, good))
+        module = replica.get_submodule(path)
+        if layer.site.name == path and not hasattr(module, BUFFER):
+            module.register_forward_hook(_trial(layer, leaf, good), with_kwargs=True)
     with torch.no_grad():
         call(replica, net.example, net.forward)
     return good
 
 
 def _trial(layer: Layer, leaf: str, good: dict[str, Layer]) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not args or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
+            return
+        if args[0].shape[-1:] != layer.site.operands[0].shape[-1:]:
             return
         twin = copy.deepcopy(module)
         twin._forward_hooks.clear()
@@ -61,11 +55,8 @@ def _trial(layer: Layer, leaf: str, good: dict[str, Layer]) -> Any:
         # factors that differ for every channel, so that no exchange of channels goes unseen
         factor = torch.linspace(0.5, 2, weight.shape[1], dtype=weight.dtype, device=weight.device)
         weight.div_(factor)
-        try:
-            multiply_input(twin, factor)
-            got = twin(*args)
-        except (KeyError, RuntimeError):  # it has something of that name; its first argument has other channels
-            return
+        multiply_input(twin, factor)
+        got = twin(*args, **kwargs)
         if not output.isfinite().all():  # calibration says so
             return
         if got.shape == output.shape and torch.allclose(got, output, rtol=1e-4, atol=1e-4 * float(output.abs().max())):

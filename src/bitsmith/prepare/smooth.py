@@ -24,8 +24,7 @@ ALPHAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 _ROWS = 1024  # inputs kept of each group to compare values of alpha
 _LEAST = 1e-5  # no factor is smaller: a channel that is nearly silent stays quantizable
 
-
-_IN_FLOAT = frozenset(("layer_norm", "rms_norm", "gelu", "silu", "tanh", "sigmoid", "mish", "elu"))
+_IN_FLOAT = frozenset(("layer_norm", "gelu", "silu", "tanh", "sigmoid", "mish", "elu"))
 """What runtimes compute in float between integer layers: a multiplication behind it breaks no integer chain."""
 
 
