@@ -375,3 +375,30 @@ def test_a_store_that_cannot_be_written(tmp_path: Path) -> None:
 def test_an_artifact_whose_file_is_gone(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="export again"):
         bs.Artifact.load(tmp_path / "model.onnx")
+
+
+class Branching(nn.Module):
+    """Goes through ``sometimes`` for more than one row only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.always, self.sometimes, self.attention = nn.Linear(4, 4), nn.Linear(4, 4), nn.MultiheadAttention(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.always(x)
+        if x.shape[0] > 1:
+            x = self.sometimes(x)
+        found: Tensor = self.attention(x, x, x)[0]
+        return found
+
+
+ONE, TWO = (torch.randn(1, 4), torch.zeros(1)), (torch.randn(2, 4), torch.zeros(2))
+
+
+def test_a_layer_that_calibration_never_reaches_is_named() -> None:
+    with pytest.warns(UserWarning, match="never reached sometimes: what is not seen stays in float"):
+        net = bs.quantize(Branching(), [ONE, ONE])
+    assert "always" in bs.plan_of(net).sites and "sometimes" not in bs.plan_of(net).sites
+    with pytest.raises(bs.UnknownSiteError, match="'sometimes' was never reached by the example"):
+        bs.apply(Branching(), bs.Plan({"sometimes": bs.Int(8, 8)}), [ONE, ONE])
+    assert "sometimes" in bs.plan_of(bs.quantize(Branching(), [TWO, ONE])).sites  # no warning: it was seen

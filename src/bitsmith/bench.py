@@ -26,7 +26,7 @@ from .metrics import source_digest
 from .model.apply import build
 from .model.calibrate import calibrate
 from .model.formats import place
-from .model.network import Network, duplicate, network
+from .model.network import Network, duplicate, network, warn_unreached
 from .numerics.statistics import TensorStatistics
 from .plan import Plan
 from .progress import Progress, Silent
@@ -76,6 +76,7 @@ class Bench:
     ) -> Bench:
         """Record the model on its first calibration inputs. ``folder``: of the artifacts; None: a temporary one."""
         net = network(duplicate(model), first_inputs(task.calibration), forward=task.forward, names=names)
+        warn_unreached(net)
         opened = store if isinstance(store, Store) else Store(store)
         root = Path(tempfile.mkdtemp(prefix="bitsmith-") if folder is None else check_writable(folder))
         bench = cls(net.model, task, target, opened, net, root, batch, seed, progress or Silent())

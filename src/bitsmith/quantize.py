@@ -16,7 +16,7 @@ from torch import nn
 from .data import first_inputs
 from .model.apply import build, prepared
 from .model.calibrate import check_weights
-from .model.network import network
+from .model.network import network, warn_unreached
 from .plan import Plan
 from .prepare.correct_bias import CorrectBias
 from .prepare.equalise_depthwise import EqualiseDepthwise
@@ -46,7 +46,8 @@ def quantize(
     ``calibration``: a loader of ``(inputs, target)`` for ranges and steps. ``prepare``: steps before; None is
     :func:`default_steps`, ``()`` none. ``choose``: give every site the range method with the least error at its
     readers (:func:`~bitsmith.prepare.ranges.choose_ranges`) where the technique leaves it at min/max. ``exclude``:
-    shell patterns of sites to leave in float; one that matches nothing is an error. ``plan_of(net)`` is the plan,
+    shell patterns of sites to leave in float; one that matches nothing is an error. Layers that the first item of the
+    calibration data never reaches are named in a warning. ``plan_of(net)`` is the plan,
     ``export(net, target, path, example)`` writes the file. The model is not changed. Raises ``ValueError`` with the
     reasons if not one site can change.
     """
@@ -55,6 +56,7 @@ def quantize(
     inputs = first_inputs(calibration)
     net = network(model, inputs, forward=forward, inside=True)
     check_weights(model)
+    warn_unreached(net)
     left: set[str] = set()
     for pattern in exclude:
         hits = {name for name in net.record.sites if name == pattern or fnmatch.fnmatchcase(name, pattern)}

@@ -230,11 +230,17 @@ class Record:
 
 
 class UnknownSiteError(KeyError, ValueError):
-    """A name that no site has. Says which names are close."""
+    """A name that no site has. Says which names are close, or that it is a module which the example never calls."""
 
-    def __init__(self, name: str, known: Iterable[str]) -> None:
+    def __init__(self, name: str, known: Iterable[str], uncalled: bool = False) -> None:
         self.name = name
         known = list(known)
+        if uncalled:
+            super().__init__(
+                f"the module {name!r} was never reached by the example (the first item of the calibration data): the "
+                "model took another branch; give data that goes through it, or leave it out of the plan"
+            )
+            return
         close = difflib.get_close_matches(name, known, n=5, cutoff=0.3)
         hint = (
             f"closest: {', '.join(close)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,10 +12,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..data import call
-from ..site import Record, Site, contains
+from ..site import Record, Site, UnknownSiteError, contains
 from .intercept import CHILD, InterceptionError, instrument
 from .locate import Locator
 from .record import Recorder, record
+
+_LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding)
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -60,7 +63,8 @@ def network(
     ``names``: sites that will be asked for; composites are seen inside where one of them lies inside, and a name that
     is a module's path makes that module one site. ``inside=True`` shows the inside of every composite.
 
-    Raises ``ModelRunError`` if the model fails on the inputs, ``InterceptionError`` if nothing can be seen.
+    Raises ``ModelRunError`` if the model fails on the inputs, ``InterceptionError`` if nothing can be seen,
+    ``UnknownSiteError`` for a module among ``names`` that is never called.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"a model must be a torch.nn.Module, not {type(model).__name__}")
@@ -78,7 +82,36 @@ def network(
     again = _record(
         model, inputs, forward, lambda name: inside or any(contains(name, wish) for wish in missing), modules
     )
+    uncalled = [name for name in modules if name not in again.record.sites]
+    if uncalled:
+        raise UnknownSiteError(uncalled[0], again.record.sites, uncalled=True)
     return replace(again, expand=wanted)
+
+
+def warn_unreached(net: Network) -> None:
+    """Warn of convolutions, linear layers and embeddings whose weights no recorded site reads, by their paths."""
+    keys = {
+        key
+        for site in net.record.sites.values()
+        for keys in (site.bias, *(operand.parameters for operand in site.operands))
+        for key in keys
+    }
+    parameters = dict(net.model.named_parameters(remove_duplicate=False))
+    read = {id(parameters[key]) for key in keys if key in parameters}
+    whole = [site.path for site in net.record.sites.values() if site.role == "composite"]
+    idle = [
+        path
+        for path, module in net.model.named_modules()
+        if isinstance(module, _LAYERS)
+        and not any(id(parameter) in read for parameter in module.parameters())
+        and not any(path == outer or path.startswith(f"{outer}.") for outer in whole)
+    ]
+    if idle:
+        warnings.warn(
+            f"the calibration data never reached {', '.join(idle[:5])}{', ...' if len(idle) > 5 else ''}: what is not "
+            "seen stays in float; give data whose first item goes through every layer that is used",
+            stacklevel=3,
+        )
 
 
 def _record(
