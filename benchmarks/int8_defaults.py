@@ -26,7 +26,7 @@ from .int8_tasks import NETWORKS, AnyBits
 from .logit_peers import float_logits
 from .paired import divergence, mean_interval
 
-EQUAL, BIAS = bs.EqualiseDepthwise(), bs.CorrectBias()
+EQUAL, SMOOTH, BIAS = bs.EqualiseDepthwise(), bs.SmoothQuant(0.85, multiply=True), bs.CorrectBias()
 FOUR_BITS: Sequence[bs.Step] = (EQUAL, bs.AdaRound(), BIAS)
 """The steps for 4-bit weights: what the parts ``.w4a8`` found best."""
 
@@ -38,7 +38,7 @@ EIGHT: Mapping[str, Settings] = {
     "ranges, bias": {"prepare": (BIAS,)},
     "default": {},
     "default without ranges": {"choose": False},
-    "default and Equalise": {"prepare": (bs.Equalise(), EQUAL, bs.SmoothQuant(0.85, multiply=True), BIAS)},
+    "default and Equalise": {"prepare": (bs.Equalise(), EQUAL, SMOOTH, BIAS)},
     "default without SmoothQuant": {"prepare": (EQUAL, BIAS)},
     "default, SmoothQuant without multiplications": {"prepare": (EQUAL, bs.SmoothQuant(0.85), BIAS)},
     "default, SmoothQuant at 0.5": {"prepare": (EQUAL, bs.SmoothQuant(multiply=True), BIAS)},
@@ -50,12 +50,18 @@ FOUR: Mapping[str, Settings] = {
     "AdaRound": {"prepare": (EQUAL, bs.AdaRound())},
     "AdaRound, bias": {"prepare": FOUR_BITS},
     "AdaRound, bias, extremes": {"prepare": FOUR_BITS, "choose": False},
+    "SmoothQuant, AdaRound, bias": {"prepare": (EQUAL, SMOOTH, bs.AdaRound(), BIAS)},
+    "SmoothQuant at 0.5, AdaRound, bias": {"prepare": (EQUAL, bs.SmoothQuant(multiply=True), bs.AdaRound(), BIAS)},
+    "GPTQ, bias": {"prepare": (EQUAL, bs.Gptq(), BIAS)},
+    "SmoothQuant, GPTQ, bias": {"prepare": (EQUAL, SMOOTH, bs.Gptq(), BIAS)},
+    "SmoothQuant at 0.5, GPTQ, bias": {"prepare": (EQUAL, bs.SmoothQuant(multiply=True), bs.Gptq(), BIAS)},
 }
 
 PARTS = {
     **{"resnet20": (1.5, 1.5), "mobilenet_v1": (8.0, 8.0), "ds_cnn": (1.0, 1.0), "minilm": (8.0, 8.0)},
     "together": (0.0, 0.0),
     **{"resnet20.w4a8": (3.0, 3.0), "mobilenet_v1.w4a8": (12.0, 12.0), "ds_cnn.w4a8": (2.0, 2.0)},
+    "minilm.w4a8": (25.0, 25.0),
 }
 
 

@@ -13,6 +13,7 @@ from bitsmith.export.rewrite import (
     drop_identity_gathers,
     drop_implied_clips,
     fold_weight_transposes,
+    look_up_integers,
     merge_duplicates,
     merge_requantization,
     pack_int4,
@@ -169,6 +170,40 @@ def test_only_a_gather_of_everything_in_order_is_dropped(indices: Array, left: l
     assert operations(after) == ["Abs", *left, "Neg"]
     x = np.random.default_rng(0).standard_normal((2, 3, 4)).astype(np.float32)
     np.testing.assert_array_equal(execute(after, x)[0], execute(model, x)[0])
+
+
+def _lookup(scale: Array, zero: Array, indices: Array, axis: int = 0) -> onnx.ModelProto:
+    table = np.random.default_rng(0).integers(-128, 128, (5, 6), dtype=np.int8)
+    nodes = [
+        node("DequantizeLinear", "table scale zero", "rows", axis=axis),
+        node("Gather", "rows indices", "found"),
+        node("Add", "found x", "y"),
+    ]
+    constants = {"table": table, "scale": scale, "zero": zero, "indices": indices}
+    return make(nodes, constants, (6,), ["y"])
+
+
+@pytest.mark.parametrize("scale", [np.float32(0.3), np.linspace(0.1, 0.5, 5, dtype=np.float32)], ids=["one", "by row"])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3)])
+def test_rows_are_looked_up_as_integers(scale: Array, shape: tuple[int, ...], execute: Any) -> None:
+    indices = np.random.default_rng(1).integers(-5, 5, shape)  # ONNX counts negative ones from the end
+    model = _lookup(np.asarray(scale), np.zeros(np.shape(scale), np.int8), indices)
+    after = rewritten(model, look_up_integers)
+    assert "DequantizeLinear" not in operations(after)
+    (lookup,) = (n for n in after.graph.node if n.op_type == "Gather" and n.input[0] == "table")
+    assert next(n.op_type for n in after.graph.node if lookup.output[0] in n.input) == "Cast"
+    x = np.arange(6, dtype=np.float32)
+    np.testing.assert_array_equal(execute(model, x)[0], execute(after, x)[0])
+
+
+@pytest.mark.parametrize(
+    ("scale", "zero", "axis"),
+    [(np.linspace(0.1, 0.6, 6), np.zeros(6), 1), (np.linspace(0.1, 0.5, 5), np.arange(5), 0)],
+    ids=["scales along a row", "zero points"],
+)
+def test_other_tables_stay_as_they_are(scale: Array, zero: Array, axis: int) -> None:
+    model = _lookup(scale.astype(np.float32), zero.astype(np.int8), np.array([1, 2]), axis)
+    assert operations(rewritten(model, look_up_integers)) == ["DequantizeLinear", "Gather", "Add"]
 
 
 def test_int4_refuses_what_does_not_fit() -> None:

@@ -262,6 +262,41 @@ def fold_weight_transposes(graph: ir.Graph) -> None:
         replace(node.outputs[0], made.outputs[0])
 
 
+def look_up_integers(graph: ir.Graph) -> None:
+    """``Gather(Dequantize(W))`` of a table of symmetric 8-bit rows looks up integers and, where rows have scales of
+    their own, those; only what was found is multiplied. Runtimes else make a float table of it when they load."""
+    import onnx_ir as ir
+
+    for node in list(graph):
+        if node.op_type != "Gather" or node.attributes.get_int("axis", 0) != 0 or node.inputs[0] is None:
+            continue
+        inner = node.inputs[0].producer()
+        if inner is None or inner.op_type != DEQUANTIZE or inner.attributes.get_int("block_size", 0) > 0:
+            continue
+        table, scale = constant(inner.inputs[0]), constant(inner.inputs[1])
+        zero = constant(inner.inputs[2]) if len(inner.inputs) > 2 else np.zeros((), dtype=np.int8)
+        if table is None or table.dtype != np.int8 or scale is None or zero is None or zero.any():
+            continue
+        if scale.size > 1 and inner.attributes.get_int("axis", 1) % table.ndim != 0:
+            continue
+        found = replacement("Gather", [inner.inputs[0], node.inputs[1]], node)
+        found.outputs[0].type = ir.TensorType(ir.DataType.INT8)
+        numbers = replacement("Cast", [found.outputs[0]], node, {"to": int(ir.DataType.FLOAT)})
+        made = [found, numbers]
+        factor = inner.inputs[1]
+        if scale.size > 1:
+            rows = scale.reshape(-1, *[1] * (table.ndim - 1))
+            along = initializer(graph, f"{node.name}.scale", rows)
+            gathered = replacement("Gather", [along, node.inputs[1]], node)
+            gathered.name, gathered.outputs[0].name = f"{node.name}.scale", f"{node.outputs[0].name}.scale"
+            gathered.outputs[0].shape = None
+            factor = gathered.outputs[0]
+            made.append(gathered)
+        made.append(replacement("Mul", [numbers.outputs[0], factor], node))
+        graph.insert_before(node, made)
+        replace(node.outputs[0], made[-1].outputs[0])
+
+
 def drop_implied_clips(graph: ir.Graph) -> None:
     """Remove a Relu or Clip that is read only by quantizers whose saturation implies it.
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     import onnx
 
 _SUFFIX = re.compile(r"(_token_\d+|_nchwc|_bn_\w+)$")
-_INTEGER = re.compile(r"^(QLinear\w+|QGemm|QAttention|MatMulIntegerToFloat|MatMulInteger|ConvInteger)$")
+_LOOKUP = "Gather of int8"
+_INTEGER = re.compile(rf"^(QLinear\w+|QGemm|QAttention|MatMulIntegerToFloat|MatMulInteger|ConvInteger|{_LOOKUP})$")
 _MOVES = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Cast", "Shape", "Slice"})
 _LAYOUT = frozenset({"ReorderInput", "ReorderOutput"})
 _BASE = {"FusedConv": "Conv", "FusedGemm": "Gemm", "FusedMatMul": "MatMul"}
@@ -88,12 +89,14 @@ def realised(owners: Owners, sites: Iterable[str], optimized: onnx.ModelProto) -
     """The precision of every site, from the operations that compute it in the optimized graph."""
     computes: dict[str, list[str]] = {}
     stored: dict[str, bool] = {}
+    tables = {tensor.name for tensor in optimized.graph.initializer if tensor.data_type == tensor.INT8}
     for node in optimized.graph.node:
         site = owners.site(node.name, node.op_type, node.output)
         if node.op_type == "DequantizeLinear":
             stored[site] = True
         elif node.op_type not in _MOVES and node.op_type != "QuantizeLinear":
-            computes.setdefault(site, []).append(node.op_type)
+            lookup = node.op_type == "Gather" and node.input[0] in tables
+            computes.setdefault(site, []).append(_LOOKUP if lookup else node.op_type)
     return {site: _precision(computes.get(site, []), stored.get(site, False)) for site in sites}
 
 

@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     import onnx
     import onnxruntime as ort
 
-ALWAYS = frozenset({"linear", "matmul"})
-"""Run in int8 whatever their output is (QGemm, QLinearMatMul, MatMulIntegerToFloat)."""
+ALWAYS = frozenset({"linear", "matmul", "embedding"})
+"""Run in int8 whatever their output is (QGemm, QLinearMatMul, MatMulIntegerToFloat, Gather of integers)."""
 
 NEED_OUTPUT = frozenset(
     {"conv1d", "conv2d", "conv3d", "add", "mul", "cat", "avg_pool1d", "avg_pool2d", "avg_pool3d"}
