@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from bitsmith.export.rewrite import (
     drop_identity_gathers,
     drop_implied_clips,
+    fold_casts,
     fold_weight_transposes,
     look_up_integers,
     merge_duplicates,
@@ -193,6 +194,20 @@ def test_rows_are_looked_up_as_integers(scale: Array, shape: tuple[int, ...], ex
     (lookup,) = (n for n in after.graph.node if n.op_type == "Gather" and n.input[0] == "table")
     assert next(n.op_type for n in after.graph.node if lookup.output[0] in n.input) == "Cast"
     x = np.arange(6, dtype=np.float32)
+    np.testing.assert_array_equal(execute(model, x)[0], execute(after, x)[0])
+
+
+def test_a_cast_of_a_constant_is_one(execute: Any) -> None:
+    nodes = [
+        node("Cast", "zeros", "zero", to=TensorProto.INT8),
+        node("Cast", "x", "kept", to=TensorProto.FLOAT),
+        node("QuantizeLinear", "kept scale zero", "q"),
+        node("DequantizeLinear", "q scale zero", "y"),
+    ]
+    model = make(nodes, {"zeros": np.array([3, -4]), "scale": np.float32([0.1, 0.2])}, (7, 2), ["y"])
+    after = rewritten(model, fold_casts)
+    assert operations(after) == ["Cast", "QuantizeLinear", "DequantizeLinear"]
+    x = np.linspace(-20, 20, 14, dtype=np.float32).reshape(7, 2)
     np.testing.assert_array_equal(execute(model, x)[0], execute(after, x)[0])
 
 

@@ -15,6 +15,7 @@ from .rewrite import (
     QUANTIZE,
     drop_identity_gathers,
     drop_implied_clips,
+    fold_casts,
     fold_weight_transposes,
     fold_zero_padding,
     look_up_integers,
@@ -72,6 +73,7 @@ def clean(raw: onnx.ModelProto) -> onnx.ModelProto:
     return rewritten(
         raw,
         drop_identity_gathers,
+        fold_casts,
         merge_requantization,
         merge_duplicates,
         fold_weight_transposes,

@@ -262,6 +262,19 @@ def fold_weight_transposes(graph: ir.Graph) -> None:
         replace(node.outputs[0], made.outputs[0])
 
 
+def fold_casts(graph: ir.Graph) -> None:
+    """``Cast`` of a constant becomes a constant: the exporter leaves those of many values, as of a table's rows."""
+    import onnx_ir as ir
+
+    for node in list(graph):
+        array = constant(node.inputs[0]) if node.op_type == "Cast" else None
+        if array is None or node.outputs[0].is_graph_output():
+            continue
+        dtype = ir.DataType(node.attributes.get_int("to", 1))
+        if dtype in (ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.FLOAT):
+            node.outputs[0].replace_all_uses_with(initializer(graph, f"{node.name}.cast", array.astype(dtype.numpy())))
+
+
 def look_up_integers(graph: ir.Graph) -> None:
     """``Gather(Dequantize(W))`` of a table of symmetric 8-bit rows looks up integers and, where rows have scales of
     their own, those; only what was found is multiplied. Runtimes else make a float table of it when they load."""
