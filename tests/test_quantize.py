@@ -30,6 +30,20 @@ def test_by_default_every_site_with_a_kernel_becomes_int8() -> None:
     assert set(model.state_dict()) < set(net.state_dict())
 
 
+def test_four_bits_are_rounded_by_gptq_unless_there_is_nothing_to_round() -> None:
+    model, data = small(), batches(4, size=64, seed=2)
+    ours, nearest = (
+        bs.quantize(model, data, MockTarget(), bs.Int(4, 8), prepare=steps)
+        for steps in (None, (bs.EqualiseDepthwise(),))
+    )
+    assert any(isinstance(step, bs.Gptq) for step in bs.plan_of(ours).prepare)
+    assert sqnr(model, ours) > sqnr(model, nearest)
+
+    rows = [(torch.randint(0, 10, (4, 3)), torch.zeros(4))]
+    net = bs.quantize(nn.Sequential(nn.Embedding(10, 8)), rows, MockTarget(), bs.Int(4, 8))
+    assert list(bs.plan_of(net).sites) == ["0"]
+
+
 def test_fewer_bits_are_coarser() -> None:
     model, data = small(), batches(2, seed=2)
     nets = [bs.quantize(model, data, MockTarget(), bs.Int(bits, 8)) for bits in (8, 4, 2)]

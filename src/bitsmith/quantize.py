@@ -18,8 +18,10 @@ from .model.apply import build, prepared
 from .model.calibrate import check_weights
 from .model.network import network, warn_unreached
 from .plan import Plan
+from .prepare._layers import layers
 from .prepare.correct_bias import CorrectBias
 from .prepare.equalise_depthwise import EqualiseDepthwise
+from .prepare.gptq import Gptq
 from .prepare.ranges import choose_ranges
 from .prepare.smooth import SmoothQuant
 from .site import Range, UnknownSiteError
@@ -82,6 +84,8 @@ def quantize(
             f"{technique} changes not one site on {target.name}: {'; '.join(reasons) or 'all are excluded'}"
         )
     steps = default_steps(technique) if prepare is None else tuple(prepare)
+    if prepare is None and not any(name in plan.sites for name in layers(net.record)):
+        steps = tuple(step for step in steps if not isinstance(step, Gptq))  # it would say that it has nothing to do
     ranges = {technique.range, technique.weight_range} if isinstance(technique, Int) else set()
     if choose and ranges == {Range()}:
         # they belong to the network that will be quantized, so far as steps make it without knowing ranges
@@ -93,16 +97,17 @@ def quantize(
 def default_steps(technique: Technique) -> tuple[Step, ...]:
     """What ``quantize`` prepares a network with where it is not told.
 
-    Outliers are moved into weights of 8 bits only: fewer have no room for them.
+    Weights of 8 bits take outliers in; of fewer bits they have no room for them, and are rounded column by column.
 
     >>> default_steps(Int(8, 8))
     (EqualiseDepthwise(limit=64.0), SmoothQuant(alpha=0.85, multiply=True), CorrectBias(samples=256))
-    >>> default_steps(Int(4, 8))
-    (EqualiseDepthwise(limit=64.0), CorrectBias(samples=256))
+    >>> [type(step).__name__ for step in default_steps(Int(4, 8))]
+    ['EqualiseDepthwise', 'Gptq', 'CorrectBias']
     """
     if not isinstance(technique, Int) or technique.a is None:
         return ()
     if technique.granularity == "tensor":
         return (CorrectBias(),)
-    smooth = (SmoothQuant(0.85, multiply=True),) if technique.w == 8 else ()
-    return (EqualiseDepthwise(), *smooth, CorrectBias())
+    if technique.w == 8:
+        return EqualiseDepthwise(), SmoothQuant(0.85, multiply=True), CorrectBias()
+    return EqualiseDepthwise(), *(() if technique.affine_weights else (Gptq(),)), CorrectBias()
