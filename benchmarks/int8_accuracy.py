@@ -31,7 +31,6 @@ from bitsmith.data import items
 
 from . import harness
 from .harness import Benchmark, table
-from .int8_defaults import ADAROUND
 from .int8_peers import FILE_PEERS, Source, silent, write_float
 from .int8_tasks import NETWORKS, AnyBits
 from .logit_peers import (
@@ -348,11 +347,7 @@ def pooled(bench: Benchmark) -> None:
 
 
 def w4a8(bench: Benchmark) -> None:
-    """4-bit weights and 8-bit activations, simulated: no CPU runtime has a kernel.
-
-    Ours by default, and convolutions with AdaRound as well: it is judged there, for on validation data it was the best
-    (``int8_defaults``).
-    """
+    """4-bit weights and 8-bit activations, simulated: no CPU runtime has a kernel."""
     root = bench.data()
     if root is None:
         return
@@ -366,13 +361,10 @@ def w4a8(bench: Benchmark) -> None:
                 grouped = bs.Int(4, 8, granularity="group", group=GROUP)
                 simulate(session, judged, "Bitsmith W4A8, groups", grouped, None)
                 add_peers(session, judged, W4A8_GROUPED)
-            else:
-                simulate(session, judged, "Bitsmith W4A8, AdaRound", bs.Int(4, 8), ADAROUND)
         notes = {peer.name: f"activations: {peer.activations}" for peer in (*W4A8, *W4A8_GROUPED)}
         show(bench, "w4a8", f"{name}, 4-bit weights", judged, notes)
         like = [peer.name for peer in (*W4A8, *W4A8_GROUPED) if peer.activations == "8 bits"]
-        best = "Bitsmith W4A8, AdaRound"
-        for mine in (best if best in judged.logits else "Bitsmith W4A8", "Bitsmith W4A8, groups"):
+        for mine in ("Bitsmith W4A8", "Bitsmith W4A8, groups"):
             theirs = [n for n in like if n in judged.logits and ("groups" in n) == ("groups" in mine)]
             if theirs and mine in judged.logits:
                 leader = min(theirs, key=lambda n: judged.kl(n).mean())

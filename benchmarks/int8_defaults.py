@@ -27,9 +27,6 @@ from .logit_peers import float_logits
 from .paired import divergence, mean_interval
 
 EQUAL, SMOOTH, BIAS = bs.EqualiseDepthwise(), bs.SmoothQuant(0.85, multiply=True), bs.CorrectBias()
-ADAROUND: Sequence[bs.Step] = (EQUAL, bs.AdaRound(), BIAS)
-"""For 4-bit weights of convolutions: slower than the default, and closer to float in the parts ``.w4a8``."""
-
 Settings = Mapping[str, Any]
 EIGHT: Mapping[str, Settings] = {
     "nothing": {"prepare": (), "choose": False},
@@ -48,16 +45,18 @@ FOUR: Mapping[str, Settings] = {
     "nothing": {"prepare": (), "choose": False},
     "bias": {"prepare": (EQUAL, BIAS)},
     "default": {},
-    "default without ranges": {"choose": False},
-    "AdaRound": {"prepare": (EQUAL, bs.AdaRound())},
-    "AdaRound, bias": {"prepare": ADAROUND},
-    "AdaRound, bias, extremes": {"prepare": ADAROUND, "choose": False},
+    "GPTQ": {"prepare": (EQUAL, bs.Gptq(), BIAS)},
+    "GPTQ, extremes": {"prepare": (EQUAL, bs.Gptq(), BIAS), "choose": False},
+    "AdaRound": {"prepare": (EQUAL, bs.AdaRound(), BIAS)},
+    "AdaRound, extremes": {"prepare": (EQUAL, bs.AdaRound(), BIAS), "choose": False},
 }
+"""All with ``EqualiseDepthwise`` before and ``CorrectBias`` behind."""
+
 SMOOTHED: Mapping[str, Settings] = {
-    "default and SmoothQuant": {"prepare": (EQUAL, SMOOTH, bs.Gptq(), BIAS)},
-    "default and SmoothQuant at 0.5": {"prepare": (EQUAL, bs.SmoothQuant(multiply=True), bs.Gptq(), BIAS)},
+    "GPTQ, SmoothQuant": {"prepare": (EQUAL, SMOOTH, bs.Gptq(), BIAS)},
+    "GPTQ, SmoothQuant at 0.5": {"prepare": (EQUAL, bs.SmoothQuant(multiply=True), bs.Gptq(), BIAS)},
 }
-"""For transformers: elsewhere it has nothing to smooth."""
+"""For transformers: elsewhere there is nothing to smooth."""
 
 PARTS = {
     **{"resnet20": (1.5, 1.5), "mobilenet_v1": (8.0, 8.0), "ds_cnn": (1.0, 1.0), "minilm": (8.0, 8.0)},

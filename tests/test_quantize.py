@@ -30,13 +30,13 @@ def test_by_default_every_site_with_a_kernel_becomes_int8() -> None:
     assert set(model.state_dict()) < set(net.state_dict())
 
 
-def test_four_bits_are_rounded_by_gptq_unless_there_is_nothing_to_round() -> None:
+def test_the_rounding_of_four_bits_is_learned_unless_there_is_nothing_to_round() -> None:
     model, data = small(), batches(4, size=64, seed=2)
     ours, nearest = (
         bs.quantize(model, data, MockTarget(), bs.Int(4, 8), prepare=steps)
         for steps in (None, (bs.EqualiseDepthwise(),))
     )
-    assert any(isinstance(step, bs.Gptq) for step in bs.plan_of(ours).prepare)
+    assert any(isinstance(step, bs.AdaRound) for step in bs.plan_of(ours).prepare)
     assert sqnr(model, ours) > sqnr(model, nearest)
 
     rows = [(torch.randint(0, 10, (4, 3)), torch.zeros(4))]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from torch import nn
@@ -19,6 +19,7 @@ from .model.calibrate import check_weights
 from .model.network import network, warn_unreached
 from .plan import Plan
 from .prepare._layers import layers
+from .prepare.adaround import AdaRound
 from .prepare.correct_bias import CorrectBias
 from .prepare.equalise_depthwise import EqualiseDepthwise
 from .prepare.gptq import Gptq
@@ -83,9 +84,11 @@ def quantize(
         raise ValueError(
             f"{technique} changes not one site on {target.name}: {'; '.join(reasons) or 'all are excluded'}"
         )
-    steps = default_steps(technique) if prepare is None else tuple(prepare)
-    if prepare is None and not any(name in plan.sites for name in layers(net.record)):
-        steps = tuple(step for step in steps if not isinstance(step, Gptq))  # it would say that it has nothing to do
+    if prepare is None:
+        kinds = {layer.site.kind for name, layer in layers(net.record).items() if name in plan.sites}
+        steps = default_steps(technique, kinds)
+    else:
+        steps = tuple(prepare)
     ranges = {technique.range, technique.weight_range} if isinstance(technique, Int) else set()
     if choose and ranges == {Range()}:
         # they belong to the network that will be quantized, so far as steps make it without knowing ranges
@@ -94,14 +97,17 @@ def quantize(
     return build(net, plan.replace(prepare=steps), calibration, seed=seed)
 
 
-def default_steps(technique: Technique) -> tuple[Step, ...]:
-    """What ``quantize`` prepares a network with where it is not told.
+def default_steps(technique: Technique, kinds: Collection[str] = ("conv2d", "linear")) -> tuple[Step, ...]:
+    """What ``quantize`` prepares a network with where it is not told. ``kinds``: of the layers that it changes.
 
-    Weights of 8 bits take outliers in; of fewer bits they have no room for them, and are rounded column by column.
+    Weights of 8 bits take outliers in; of fewer bits they have no room for them, and their rounding is optimized: that
+    of convolutional networks is learned, and in others the columns of a matrix make up for each other.
 
     >>> default_steps(Int(8, 8))
     (EqualiseDepthwise(limit=64.0), SmoothQuant(alpha=0.85, multiply=True), CorrectBias(samples=256))
     >>> [type(step).__name__ for step in default_steps(Int(4, 8))]
+    ['EqualiseDepthwise', 'AdaRound', 'CorrectBias']
+    >>> [type(step).__name__ for step in default_steps(Int(4, 8), ["linear"])]
     ['EqualiseDepthwise', 'Gptq', 'CorrectBias']
     """
     if not isinstance(technique, Int) or technique.a is None:
@@ -110,4 +116,7 @@ def default_steps(technique: Technique) -> tuple[Step, ...]:
         return (CorrectBias(),)
     if technique.w == 8:
         return EqualiseDepthwise(), SmoothQuant(0.85, multiply=True), CorrectBias()
-    return EqualiseDepthwise(), *(() if technique.affine_weights else (Gptq(),)), CorrectBias()
+    rounding: tuple[Step, ...] = ()
+    if kinds and not technique.affine_weights:
+        rounding = (AdaRound() if any(kind.startswith("conv") for kind in kinds) else Gptq(),)
+    return EqualiseDepthwise(), *rounding, CorrectBias()
