@@ -391,8 +391,10 @@ def applied(session: Session, technique: Any, prepared: Sequence[bs.Step] | None
     )
 
 
-def timed(bench: Benchmark, part: str, net: str, label: str, technique: Any, step: Any, peer: LogitPeer) -> None:
-    """One method of ours and a peer's own on the same network in the same run: seconds and divergence."""
+def timed(
+    bench: Benchmark, part: str, net: str, label: str, technique: Any, step: Any, peers: Sequence[LogitPeer]
+) -> None:
+    """One method of ours and the peers' own on the same network in the same run: seconds and divergence."""
     root = bench.data()
     if root is None:
         return
@@ -406,14 +408,15 @@ def timed(bench: Benchmark, part: str, net: str, label: str, technique: Any, ste
             seconds[name] = time.perf_counter() - start
             print(f"{net}: {name}, {seconds[name]:.0f} s to make", flush=True)
             judged.logits[name] = session.run(f"{part}, {name}", float_logits(made))
-        for found in built(session.problem, session.folder, [peer]):
+        for found in built(session.problem, session.folder, peers):
+            peer = found.peer
             if found.value is None:
                 print(found.why, flush=True)
                 bench.row(part, name=peer.name, absent=found.absent, why=found.why)
                 continue
             seconds[peer.name], judged.tools[peer.name] = found.seconds, peer.tool
             judged.logits[peer.name] = session.run(f"{part}, {peer.name}", found.value)
-    show(bench, part, f"{label} on {net}", judged, {peer.name: peer.settings})
+    show(bench, part, f"{label} on {net}", judged, {peer.name: peer.settings for peer in peers})
     table(f"{label} on {net}: time to make", ("", "s"), [(name, f"{value:.0f}") for name, value in seconds.items()])
     for name, value in seconds.items():
         bench.row(part, name=name, seconds=value)
@@ -425,8 +428,8 @@ MINUTES = {"adaround": 5.0, "gptq": 2.0}
 
 def adaround(bench: Benchmark) -> None:
     """At 4-bit weights and 8-bit activations, where rounding matters."""
-    step, peer = bs.AdaRound(), next(p for p in W4A8 if "AdaRound" in p.name)
-    timed(bench, "adaround", "mobilenet_v1", "AdaRound", bs.Int(4, 8), step, peer)
+    theirs = [peer for peer in W4A8 if "AdaRound" in peer.name]
+    timed(bench, "adaround", "mobilenet_v1", "AdaRound", bs.Int(4, 8), bs.AdaRound(), theirs)
 
 
 def gptq(bench: Benchmark) -> None:

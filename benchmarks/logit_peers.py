@@ -271,6 +271,30 @@ def brevitas(bits: int = 8) -> Callable[[Problem, Path], Predict]:
     return build
 
 
+def brevitas_gptq(problem: Problem, folder: Path) -> Predict:
+    """``gptq_mode`` over 4-bit weights in groups, with zero points; activations stay float."""
+    from brevitas import nn as qnn
+    from brevitas.graph.gptq import gptq_mode
+    from brevitas.graph.quantize import layerwise_quantize
+    from brevitas.quant.shifted_scaled_int import ShiftedUint8WeightGroupQuantFloat
+
+    model, batches = _alone(problem)
+    weights = {
+        "weight_quant": ShiftedUint8WeightGroupQuantFloat,
+        "weight_bit_width": 4,
+        "weight_group_size": GROUP,
+        "return_quant_tensor": False,
+    }
+    quantized = layerwise_quantize(model, compute_layer_map={nn.Linear: (qnn.QuantLinear, weights)})
+    quantized.eval()
+    with torch.no_grad(), gptq_mode(quantized, use_quant_activations=False) as gptq:
+        for _ in range(gptq.num_layers):
+            for batch in batches:
+                gptq.model(batch)
+            gptq.update()
+    return in_torch(quantized)
+
+
 def float_logits(model: nn.Module) -> Predict:
     def predict(inputs: Any) -> Array:
         with torch.no_grad():
@@ -302,6 +326,9 @@ W4A8_GROUPED: Sequence[LogitPeer] = (
     LogitPeer("NNCF, groups", "NNCF", "nncf", f"compress_weights, groups of {GROUP}", nncf_weights(GROUP), "float"),
 )
 
-GPTQ = LogitPeer(
-    "NNCF, GPTQ", "NNCF", "nncf", f"compress_weights, gptq, groups of {GROUP}", nncf_weights(GROUP, True), "float"
+GPTQ: Sequence[LogitPeer] = (
+    LogitPeer(
+        "NNCF, GPTQ", "NNCF", "nncf", f"compress_weights, gptq, groups of {GROUP}", nncf_weights(GROUP, True), "float"
+    ),
+    LogitPeer("Brevitas, GPTQ", "Brevitas", "brevitas", f"gptq_mode, groups of {GROUP}", brevitas_gptq, "float"),
 )
