@@ -7,19 +7,22 @@ import functools
 import platform
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..site import Site
+from ..plan import Plan
+from ..site import Record, Site
 from ..technique import No, Technique
 from ..techniques.int_ import Int
-from .base import Array, Artifact, ArtifactError
+from .base import Array, Artifact, ArtifactError, Realised, Target, Timing
 
 if TYPE_CHECKING:
     import onnx
+
+Kernel = Callable[[Technique, Site], Realised]
 
 
 def integer_refusal(technique: Technique, site: Site, runtime: str) -> No | None:
@@ -77,6 +80,35 @@ def weight_bits(technique: Technique, site: Site) -> float:
     if isinstance(technique, Int):
         return technique.w
     return round(technique.bits(site) / (site.parameter_bytes / 4))
+
+
+def promised(
+    plan: Plan, record: Record, target: Target, floating: str, fusing: Collection[str], kernel: Kernel
+) -> dict[str, Realised | No]:
+    """What becomes of every site (:meth:`Target.realise`). ``floating``: the precision of what stays float;
+    ``fusing``: kinds that absorb what is fused behind them in float as well; ``kernel``: what one that is supported
+    gets."""
+    verdicts: dict[str, Realised | No] = {}
+    for name, site in record.sites.items():
+        technique = plan.get(name)
+        folded = dict.fromkeys(site.epilogue, Realised("folded", f"into {name}"))
+        if technique is None or technique.form(site) == "float":
+            verdicts.setdefault(name, Realised(floating))
+            verdicts.update(folded if site.kind in fusing else {})
+            continue
+        verdict = target.supports(technique, site)
+        found = verdict if isinstance(verdict, No) else kernel(technique, site)
+        verdicts[name] = found
+        verdicts.update(folded if isinstance(found, Realised) and found.precision == "int8" else {})
+    return verdicts
+
+
+def timings(
+    runs: Sequence[Callable[[], Any]], artifacts: Sequence[Artifact], rounds: int, threads: int
+) -> list[Timing]:
+    """Of each artifact, from a function that runs it once."""
+    timed = interleaved(runs, rounds)
+    return [Timing(times, one.batch, threads, "measured") for times, one in zip(timed, artifacts, strict=True)]
 
 
 def described(model: onnx.ModelProto) -> tuple[tuple[str, tuple[int, ...], str], ...]:

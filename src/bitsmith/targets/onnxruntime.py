@@ -33,9 +33,10 @@ from ._cpu import (
     described,
     in_range,
     integer_refusal,
-    interleaved,
+    promised,
     sample_inputs,
     shared_groups,
+    timings,
     values_of,
 )
 from ._onnxruntime_graph import Owners, realised
@@ -124,23 +125,13 @@ class OnnxRuntime(Target):
 
     def realise(self, plan: Plan, record: Record) -> Mapping[str, Realised | No]:
         written = place(plan, record).writes
-        verdicts: dict[str, Realised | No] = {}
-        for name, site in record.sites.items():
-            technique = plan.get(name)
-            if technique is None or technique.form(site) == "float":
-                verdicts.setdefault(name, Realised("float32"))
-                if site.kind in FUSING:
-                    verdicts.update(dict.fromkeys(site.epilogue, Realised("folded", f"into {name}")))
-                continue
-            verdict = self.supports(technique, site)
-            if isinstance(verdict, No):
-                verdicts[name] = verdict
-            elif _needs_output(site) and _tail(site, record) not in written:
-                verdicts[name] = Realised("float32", "its output stays float, so no integer kernel is used")
-            else:
-                verdicts[name] = Realised("int8")
-                verdicts.update(dict.fromkeys(site.epilogue, Realised("folded", f"into {name}")))
-        return verdicts
+
+        def kernel(technique: Technique, site: Site) -> Realised:
+            if _needs_output(site) and _tail(site, record) not in written:
+                return Realised("float32", "its output stays float, so no integer kernel is used")
+            return Realised("int8")
+
+        return promised(plan, record, self, "float32", FUSING, kernel)
 
     # -- files -----------------------------------------------------------------------------------------------------
 
@@ -199,10 +190,7 @@ class OnnxRuntime(Target):
         for artifact in artifacts:
             session, feed = self._open(artifact.path), _feed(artifact, sample_inputs(artifact))
             runs.append(functools.partial(session.run, None, feed))
-        return [
-            Timing(times, artifact.batch, self.threads, self.source)
-            for times, artifact in zip(interleaved(runs, rounds), artifacts, strict=True)
-        ]
+        return timings(runs, artifacts, rounds, self.threads)
 
     def inspect(self, artifact: Artifact) -> Mapping[str, Realised]:
         """From the graph that the runtime's optimizer saves."""

@@ -34,9 +34,10 @@ from ._cpu import (
     described,
     in_range,
     integer_refusal,
-    interleaved,
+    promised,
     sample_inputs,
     shared_groups,
+    timings,
     values_of,
 )
 from ._openvino_graph import Owners, check_precision, compressed_sites, executed, realised, unfuse
@@ -139,24 +140,13 @@ class OpenVino(Target):
         return plan.replace(sites=sites, groups=shared_groups(plan.groups, sites))
 
     def realise(self, plan: Plan, record: Record) -> Mapping[str, Realised | No]:
+        def kernel(technique: Technique, site: Site) -> Realised:
+            if _needs_symmetric(site) and any(f is not None and not f.symmetric for f in technique.reads(site)):
+                return Realised(floating, f"{site.kind} in int8 takes no zero points; see adapt")
+            return Realised("int8")
+
         floating = "bfloat16" if self.bfloat16 else "float32"
-        verdicts: dict[str, Realised | No] = {}
-        for name, site in record.sites.items():
-            technique = plan.get(name)
-            if technique is None or technique.form(site) == "float":
-                verdicts.setdefault(name, Realised(floating))
-                if site.kind in FUSING:
-                    verdicts.update(dict.fromkeys(site.epilogue, Realised("folded", f"into {name}")))
-                continue
-            verdict = self.supports(technique, site)
-            if isinstance(verdict, No):
-                verdicts[name] = verdict
-            elif _needs_symmetric(site) and any(f is not None and not f.symmetric for f in technique.reads(site)):
-                verdicts[name] = Realised(floating, f"{site.kind} in int8 takes no zero points; see adapt")
-            else:
-                verdicts[name] = Realised("int8")
-                verdicts.update(dict.fromkeys(site.epilogue, Realised("folded", f"into {name}")))
-        return verdicts
+        return promised(plan, record, self, floating, FUSING, kernel)
 
     # -- files -----------------------------------------------------------------------------------------------------
 
@@ -220,10 +210,7 @@ class OpenVino(Target):
     def measure(self, artifacts: Sequence[Artifact], rounds: int = 30) -> list[Timing]:
         requests = [_request(self._open(artifact.path), artifact) for artifact in artifacts]
         runs = [functools.partial(request.infer, share_outputs=True) for request in requests]
-        return [
-            Timing(times, artifact.batch, self.threads, self.source)
-            for times, artifact in zip(interleaved(runs, rounds), artifacts, strict=True)
-        ]
+        return timings(runs, artifacts, rounds, self.threads)
 
     def inspect(self, artifact: Artifact) -> Mapping[str, Realised]:
         """From the graph that the plugin compiled."""
