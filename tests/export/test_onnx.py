@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import bitsmith as bs
 from bitsmith.export.onnx import conversions, site_map, to_onnx
-from bitsmith.export.program import exported_program
+from bitsmith.export.program import applied_program, exported_program
 
 F = nn.functional
 
@@ -127,3 +128,24 @@ def test_4_bit_weights_take_half_a_byte(build: Any, execute: Any, group: int) ->
     finally:
         torch.set_num_threads(threads)
     np.testing.assert_allclose(execute(model, x.numpy())[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("technique", "integers"),
+    [
+        (bs.Int(8, 8), True),
+        (bs.Int(8, None, granularity="tensor"), True),
+        (bs.Int(8, 8, affine_weights=True), False),
+        (bs.Int(4, None), False),
+        (bs.Int(4, None, granularity="group", group=4), False),
+    ],
+    ids=repr,
+)
+def test_a_table_of_symmetric_bytes_is_looked_up_as_such(technique: bs.Int, integers: bool, execute: Any) -> None:
+    torch.manual_seed(0)
+    rows = torch.randint(0, 10, (4, 3))
+    net = bs.apply(nn.Sequential(nn.Embedding(10, 8)), bs.Plan({"0": technique}), [(rows, torch.zeros(4))])
+    program, _ = applied_program(net, rows, None)
+    model = to_onnx(program)
+    assert ("DequantizeLinear" not in [node.op_type for node in model.graph.node]) == integers
+    np.testing.assert_allclose(execute(model, rows.numpy())[0], net(rows).detach().numpy(), rtol=1e-6)

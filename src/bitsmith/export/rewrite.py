@@ -290,6 +290,8 @@ def look_up_integers(graph: ir.Graph) -> None:
         zero = constant(inner.inputs[2]) if len(inner.inputs) > 2 else np.zeros((), dtype=np.int8)
         if table is None or table.dtype != np.int8 or scale is None or zero is None or zero.any():
             continue
+        if _is_int4(inner.inputs[0]):  # no runtime looks those up
+            continue
         if scale.size > 1 and inner.attributes.get_int("axis", 1) % table.ndim != 0:
             continue
         found = replacement("Gather", [inner.inputs[0], node.inputs[1]], node)
@@ -363,7 +365,7 @@ def pack_int4(graph: ir.Graph) -> None:
 
     for name, value in list(graph.initializers.items()):
         array = constant(value)
-        if not name.partition(".T")[0].endswith("weight_q4") or array is None or array.dtype != np.int8:
+        if not _is_int4(value) or array is None or array.dtype != np.int8:
             continue
         if array.size and (array.min() < -8 or array.max() > 7):
             raise ValueError(f"{name} is to be stored in 4 bits but holds values from {array.min()} to {array.max()}")
@@ -376,6 +378,11 @@ def pack_int4(graph: ir.Graph) -> None:
             if zero is not None and zeros is not None and zero.dtype != ir.DataType.INT4:
                 node.replace_input_with(2, _as_int4(graph, zero, zeros))
         replace(value, packed)
+
+
+def _is_int4(value: ir.Value | None) -> bool:
+    """Whether the cell that made the weight means it to be stored in 4 bits."""
+    return value is not None and (value.name or "").partition(".T")[0].endswith("weight_q4")
 
 
 def _as_int4(graph: ir.Graph, value: ir.Value, array: Array) -> ir.Value:
