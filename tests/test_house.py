@@ -174,7 +174,7 @@ LAZY = ("onnx", "onnxscript", "onnxruntime", "openvino", "scipy", "matplotlib", 
 
 
 def test_importing_loads_no_runtime() -> None:
-    """What ``import bitsmith`` brings in behind torch, in a fresh process; what it costs, ``benchmarks.overhead`` says."""
+    """What ``import bitsmith`` brings in behind torch, in a fresh process; its time is for ``benchmarks.overhead``."""
     code = (
         "import json, sys, torch\n"
         "before = set(sys.modules)\n"
