@@ -392,7 +392,19 @@ class Branching(nn.Module):
         return found
 
 
-ONE, TWO = (torch.randn(1, 4), torch.zeros(1)), (torch.randn(2, 4), torch.zeros(2))
+class Idle(nn.Module):
+    """Attention as one operation, beside a layer that nothing calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.idle = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.query(x)
+        return nn.functional.scaled_dot_product_attention(q, q, q)
+
+
+ONE, TWO = (torch.ones(1, 4), torch.zeros(1)), (torch.ones(2, 4), torch.zeros(2))
 
 
 def test_a_layer_that_calibration_never_reaches_is_named() -> None:
@@ -403,3 +415,6 @@ def test_a_layer_that_calibration_never_reaches_is_named() -> None:
     with pytest.raises(bs.UnknownSiteError, match="'sometimes' was never reached by the example"):
         bs.apply(Branching(), bs.Plan({"sometimes": bs.Int(8, 8)}), [ONE, ONE])
     assert "sometimes" in bs.plan_of(bs.quantize(Branching(), [TWO, ONE])).sites  # no warning: it was seen
+    task = bs.Task(calibration=[TWO], validation=[TWO], test=[TWO], metric=lambda y, target: 1.0)
+    with pytest.warns(UserWarning, match=r"never reached 0\.idle:"):
+        bs.profile(nn.Sequential(Idle()), task, [bs.Int(8, 8)], MockTarget())

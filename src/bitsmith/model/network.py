@@ -18,6 +18,7 @@ from .locate import Locator
 from .record import Recorder, record
 
 _LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding)
+_HOLDING = ("module", "multi_head_attention_forward")  # sites that read weights of layers inside, unseen
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -98,7 +99,7 @@ def warn_unreached(net: Network) -> None:
     }
     parameters = dict(net.model.named_parameters(remove_duplicate=False))
     read = {id(parameters[key]) for key in keys if key in parameters}
-    whole = [site.path for site in net.record.sites.values() if site.role == "composite"]
+    whole = [site.path for site in net.record.sites.values() if site.kind in _HOLDING]
     idle = [
         path
         for path, module in net.model.named_modules()
