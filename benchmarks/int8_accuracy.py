@@ -355,11 +355,11 @@ def w4a8(bench: Benchmark) -> None:
         with tempfile.TemporaryDirectory(prefix="int8_accuracy-") as folder:
             session = Session(bench, name, root, Path(folder))
             judged = Judged(session.run("float", float_logits(session.model)), session.labels(), {}, {})
-            simulate(session, judged, "Bitsmith W4A8", bs.Int(4, 8), None)
+            simulate(session, judged, "Bitsmith W4A8", bs.Int(4, 8))
             add_peers(session, judged, W4A8)
             if session.problem.transformer:
                 grouped = bs.Int(4, 8, granularity="group", group=GROUP)
-                simulate(session, judged, "Bitsmith W4A8, groups", grouped, None)
+                simulate(session, judged, "Bitsmith W4A8, groups", grouped)
                 add_peers(session, judged, W4A8_GROUPED)
         notes = {peer.name: f"activations: {peer.activations}" for peer in (*W4A8, *W4A8_GROUPED)}
         show(bench, "w4a8", f"{name}, 4-bit weights", judged, notes)
@@ -372,12 +372,12 @@ def w4a8(bench: Benchmark) -> None:
                 bench.judge(f"{name}: KL of {mine} / best peer's ({leader})", figure, KL_BAR, "x")
 
 
-def simulate(session: Session, judged: Judged, name: str, technique: Any, prepared: Sequence[bs.Step] | None) -> None:
-    """One plan of ours without a runtime."""
+def simulate(session: Session, judged: Judged, name: str, technique: Any) -> None:
+    """One plan of ours by default, without a runtime."""
     found = session.kept(name)
     if found is None:
         start = time.perf_counter()
-        net = applied(session, technique, prepared)
+        net = applied(session, technique, None)
         seconds = time.perf_counter() - start
         found = session.run(name, float_logits(net))
         print(f"{session.name}: {name}, {seconds:.0f} s to make", flush=True)

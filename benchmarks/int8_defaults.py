@@ -50,7 +50,7 @@ FOUR: Mapping[str, Settings] = {
     "AdaRound": {"prepare": (EQUAL, bs.AdaRound(), BIAS)},
     "AdaRound, extremes": {"prepare": (EQUAL, bs.AdaRound(), BIAS), "choose": False},
 }
-"""All with ``EqualiseDepthwise`` before and ``CorrectBias`` behind."""
+"""All but the first with ``EqualiseDepthwise`` before and ``CorrectBias`` behind."""
 
 SMOOTHED: Mapping[str, Settings] = {
     "GPTQ, SmoothQuant": {"prepare": (EQUAL, SMOOTH, bs.Gptq(), BIAS)},

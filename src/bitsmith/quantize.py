@@ -49,10 +49,10 @@ def quantize(
     ``calibration``: a loader of ``(inputs, target)`` for ranges and steps. ``prepare``: steps before; None is
     :func:`default_steps`, ``()`` none. ``choose``: give every site the range method with the least error at its
     readers (:func:`~bitsmith.prepare.ranges.choose_ranges`) where the technique leaves it at min/max. ``exclude``:
-    shell patterns of sites to leave in float; one that matches nothing is an error. Layers that the first item of the
-    calibration data never reaches are named in a warning. ``plan_of(net)`` is the plan,
-    ``export(net, target, path, example)`` writes the file. The model is not changed. Raises ``ValueError`` with the
-    reasons if not one site can change.
+    shell patterns of sites to leave in float; one that matches nothing is an error. ``plan_of(net)`` is the plan,
+    ``export(net, target, path, example)`` writes the file. The model is not changed. Layers that the first item of the
+    calibration data never reaches are named in a warning. Raises ``ValueError`` with the reasons if not one site can
+    change.
     """
     target = target or OnnxRuntime()
     technique = technique or Int(8, 8)

@@ -140,12 +140,13 @@ class OpenVino(Target):
         return plan.replace(sites=sites, groups=shared_groups(plan.groups, sites))
 
     def realise(self, plan: Plan, record: Record) -> Mapping[str, Realised | No]:
+        floating = "bfloat16" if self.bfloat16 else "float32"
+
         def kernel(technique: Technique, site: Site) -> Realised:
             if _needs_symmetric(site) and any(f is not None and not f.symmetric for f in technique.reads(site)):
                 return Realised(floating, f"{site.kind} in int8 takes no zero points; see adapt")
             return Realised("int8")
 
-        floating = "bfloat16" if self.bfloat16 else "float32"
         return promised(plan, record, self, floating, FUSING, kernel)
 
     # -- files -----------------------------------------------------------------------------------------------------
