@@ -49,7 +49,7 @@ from .logit_peers import (
 )
 from .paired import divergence, holm, mcnemar, mean_interval, pooled_drop, ratio_interval
 from .runtimes import OFF, opened
-from .verified import judge_checks
+from .verified import Proof, judge_checks, prove
 
 Array = NDArray[Any]
 
@@ -76,7 +76,7 @@ class Judged:
     labels: Array
     logits: dict[str, Array]
     tools: dict[str, str]
-    checks: list[tuple[str, bs.Check]] = field(default_factory=list)
+    proofs: list[Proof] = field(default_factory=list)
 
     def right(self, name: str) -> Array:
         found: Array = (self.reference if name == "float" else self.logits[name]).argmax(1) == self.labels
@@ -177,9 +177,7 @@ def ours(session: Session, target: Any, label: str, model: nn.Module, judged: Ju
         f"{label} in {target.name}",
         by_sample(opened(target.name, artifact.path, session.bench.threads, disabled=OFF)),
     )
-    judged.checks.append(
-        (f"{label} in {target.name}", bs.verify(net, artifact, session.task.calibration, target=target))
-    )
+    judged.proofs.append(prove(f"{label} in {target.name}", net, artifact, session.task.calibration, target))
 
 
 def targets(bench: Benchmark) -> Sequence[Any]:
@@ -255,7 +253,7 @@ def plain(bench: Benchmark, name: str) -> None:
         session = Session(bench, name, root, Path(folder))
         judged = collect(session, [peer for peer in INT8 if fits(peer, session.problem)])
     show(bench, name, f"{name} at 8 bits", judged)
-    judge_checks(bench, name, f"{name}: what runs and what was simulated, calibration data", judged.checks)
+    judge_checks(bench, name, f"{name}: what runs and what was simulated, calibration data", judged.proofs)
     best = judged.best()
     if not best:
         bench.miss(f"{name}: no peer ran")
@@ -392,9 +390,18 @@ def applied(session: Session, technique: Any, prepared: Sequence[bs.Step] | None
 
 
 def timed(
-    bench: Benchmark, part: str, net: str, label: str, technique: Any, step: Any, peers: Sequence[LogitPeer]
+    bench: Benchmark,
+    part: str,
+    net: str,
+    label: str,
+    techniques: Mapping[str, Any],
+    step: Any,
+    peers: Sequence[LogitPeer],
 ) -> None:
-    """One method of ours and the peers' own on the same network in the same run: seconds and divergence."""
+    """One method of ours and the peers' own on the same network in the same run: seconds and divergence.
+
+    ``techniques``: by what is added to the method's name; the last one is of the peers' form.
+    """
     root = bench.data()
     if root is None:
         return
@@ -402,7 +409,8 @@ def timed(
         session = Session(bench, net, root, Path(folder))
         judged = Judged(session.run("float", float_logits(session.model)), session.labels(), {}, {})
         seconds: dict[str, float] = {}
-        for name, prepared in ((f"Bitsmith, {label}", (step,)), ("Bitsmith, nearest", ())):
+        for added, technique, prepared in [(a, t, p) for a, t in techniques.items() for p in ((step,), ())]:
+            name = f"Bitsmith, {label if prepared else 'nearest'}{added}"
             start = time.perf_counter()
             made = applied(session, technique, prepared)
             seconds[name] = time.perf_counter() - start
@@ -420,7 +428,12 @@ def timed(
     table(f"{label} on {net}: time to make", ("", "s"), [(name, f"{value:.0f}") for name, value in seconds.items()])
     for name, value in seconds.items():
         bench.row(part, name=name, seconds=value)
-    bench.judge(f"{label} on {net}", seconds[f"Bitsmith, {label}"] / 60, MINUTES[part], " min")
+    for added in techniques:
+        bench.judge(f"{label}{added} on {net}", seconds[f"Bitsmith, {label}{added}"] / 60, MINUTES[part], " min")
+    mine = f"Bitsmith, {label}{list(techniques)[-1]}"
+    for leader in judged.best().values():
+        figure = float(judged.kl(mine).mean() / judged.kl(leader).mean())
+        bench.judge(f"{net}: KL of {mine} / {leader}'s", figure, KL_BAR, "x")
 
 
 MINUTES = {"adaround": 5.0, "gptq": 2.0}
@@ -429,13 +442,15 @@ MINUTES = {"adaround": 5.0, "gptq": 2.0}
 def adaround(bench: Benchmark) -> None:
     """At 4-bit weights and 8-bit activations, where rounding matters."""
     theirs = [peer for peer in W4A8 if "AdaRound" in peer.name]
-    timed(bench, "adaround", "mobilenet_v1", "AdaRound", bs.Int(4, 8), bs.AdaRound(), theirs)
+    timed(bench, "adaround", "mobilenet_v1", "AdaRound", {"": bs.Int(4, 8)}, bs.AdaRound(), theirs)
 
 
 def gptq(bench: Benchmark) -> None:
     """At 4-bit weights in groups, float activations: what GPTQ was made for."""
-    technique = bs.Int(4, None, granularity="group", group=GROUP)
-    timed(bench, "gptq", "minilm", "GPTQ", technique, bs.Gptq(), GPTQ)
+    plain, affine = (
+        bs.Int(4, None, granularity="group", group=GROUP, affine_weights=affine) for affine in (False, True)
+    )
+    timed(bench, "gptq", "minilm", "GPTQ", {"": plain, ", zero points": affine}, bs.Gptq(), GPTQ)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -189,7 +189,7 @@ class Record:
 
     ``sites`` in execution order. ``tensors`` by name. ``statistics``: streaming statistics by tensor name (see
     ``bitsmith.numerics.statistics``). ``weights``: detached weight of each site, by site name and operand index.
-    ``scales``: scales of weights that a prepare step has rounded already, in the same way.
+    ``grids``: (scale, zero point) of weights that a prepare step has rounded already, in the same way.
     ``biases``, ``folds``: the same for bias and folded normalisation ``(mean, var, gamma, beta, eps)``.
     """
 
@@ -198,7 +198,7 @@ class Record:
     outputs: tuple[str, ...] = ()
     statistics: Mapping[str, Any] = field(default_factory=dict)
     weights: Mapping[tuple[str, int], torch.Tensor] = field(default_factory=dict)
-    scales: Mapping[tuple[str, int], torch.Tensor] = field(default_factory=dict)
+    grids: Mapping[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     biases: Mapping[str, torch.Tensor] = field(default_factory=dict)
     folds: Mapping[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, float]] = field(
         default_factory=dict

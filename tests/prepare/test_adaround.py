@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import threading
 from pathlib import Path
@@ -21,7 +22,7 @@ from bitsmith.model.apply import additions_of, build, materialised
 from bitsmith.model.keys import encode_key
 from bitsmith.model.network import Network, network
 from bitsmith.prepare._layers import layers
-from bitsmith.prepare._sequential import Matrix, Problem, patches, positions
+from bitsmith.prepare._sequential import Matrix, Problem, Rounded, patches, positions, spread
 from bitsmith.prepare.adaround import AdaRound, _Rounding, descend, output_error
 from bitsmith.site import Format
 from bitsmith.targets import OnnxRuntime
@@ -93,7 +94,7 @@ def test_the_learned_rounding_follows_the_equations_in_float64() -> None:
 
 def test_every_rounding_ends_down_or_up() -> None:
     task = problem(1)
-    integers, scale = AdaRound(iterations=300, batch=32)._solve(task)
+    integers, scale, _ = AdaRound(iterations=300, batch=32)._solve(task)
     down = torch.floor(task.matrix.weight / task.matrix.scale).clamp(-4, 2)
     assert set(torch.unique(integers - down).tolist()) <= {0.0, 1.0}
     assert torch.equal(scale, task.matrix.scale)
@@ -224,10 +225,12 @@ class Recorded:
         self.chosen: dict[str, Tensor] = {}
         solve = step._solve  # type: ignore[attr-defined]
 
-        def recording(this: Any, task: Problem) -> tuple[Tensor, Tensor]:
-            integers, scale = solve(this, task)
-            self.chosen[task.matrix.layer.site.name] = integers.clone()
-            return integers, scale
+        def recording(this: Any, task: Problem) -> Rounded:
+            rounded: Rounded = solve(this, task)
+            self.chosen[task.matrix.layer.site.name] = rounded.integers + spread(
+                rounded.zero, rounded.integers.shape[-1]
+            )
+            return rounded
 
         monkeypatch.setattr(step, "_solve", recording)
 
@@ -242,14 +245,17 @@ def assert_ships(net: nn.Module, chosen: dict[str, Tensor], x: Any) -> None:
         assert torch.equal(held.reshape(integers.shape).float(), integers), name
 
 
+@pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("granularity", ["channel", "tensor"])
 @pytest.mark.parametrize("weight_bits", [2, 4, 8])
-def test_the_chosen_integers_are_shipped(granularity: Any, weight_bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_chosen_integers_are_shipped(
+    granularity: Any, weight_bits: int, affine: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, data = small(), batches(2, seed=2)
     with torch.no_grad():  # a normalisation with a dead channel, a negative and a tiny one
         model.norm.weight[:3] = torch.tensor([0.0, -0.7, 1e-4])
     recorded = Recorded(monkeypatch, AdaRound)
-    technique = bs.Int(weight_bits, 8, granularity=granularity)
+    technique = bs.Int(weight_bits, 8, granularity=granularity, affine_weights=affine)
     net = bs.apply(model, low_plan(model, data[0][0], technique).replace(prepare=(SHORT,)), data)
     assert set(recorded.chosen) == {"stem", "left", "right", "head"}
     assert_ships(net, recorded.chosen, data[0][0])
@@ -321,13 +327,15 @@ def prepared(model: nn.Module, plan: bs.Plan, data: Any, step: bs.Step) -> Netwo
     return step.prepare(network(copy.deepcopy(model), data[0][0], names=plan.sites), plan, data)
 
 
-def test_only_sites_of_symmetric_integer_weights_change() -> None:
+def test_only_sites_of_integer_weights_change() -> None:
     model, data = small(), batches(2, seed=2)
-    plan = bs.Plan({"stem": bs.Int(8, 8, affine_weights=True), "left": LOW, "right": bs.Float("bfloat16")})
+    plan = bs.Plan({"stem": dataclasses.replace(LOW, affine_weights=True), "left": LOW, "right": bs.Float("bfloat16")})
     net = prepared(model, plan, data, SHORT)
-    assert set(net.record.scales) == {("left", 1)}
+    assert set(net.record.grids) == {("stem", 1), ("left", 1)}
+    assert net.record.grids["stem", 1][1].any()
+    assert not net.record.grids["left", 1][1].any()
     changed = {n for n, t in net.model.state_dict().items() if not torch.equal(t, model.state_dict()[n])}
-    assert changed == {"left.weight"}
+    assert changed == {"stem.weight", "left.weight"}
     with pytest.raises(PrepareError, match="AdaRound: the plan puts no integer technique"):
         prepared(model, bs.Plan({"right": bs.Float("bfloat16")}), data, SHORT)
 

@@ -19,7 +19,7 @@ from bitsmith.model.apply import additions_of, materialised
 from bitsmith.model.keys import encode_key
 from bitsmith.model.network import network
 from bitsmith.prepare._layers import layers
-from bitsmith.prepare._sequential import Matrix, Problem
+from bitsmith.prepare._sequential import Matrix, Problem, Rounded, spread
 from bitsmith.prepare.gptq import Gptq
 from bitsmith.site import Format
 from bitsmith.targets import OnnxRuntime
@@ -30,16 +30,31 @@ Array = NDArray[np.float64]
 EMPTY = torch.empty(0)
 
 
-def problem(seed: int, out: int, width: int, parts: int = 1, rows: int = 0, bits: int = 4) -> Problem:
-    """A linear layer with correlated inputs; ``parts`` scales in each row."""
+def problem(
+    seed: int, out: int, width: int, parts: int = 1, rows: int = 0, bits: int = 4, affine: bool = False
+) -> Problem:
+    """A linear layer with correlated inputs; ``parts`` scales in each row, and as many zero points if ``affine``."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(width, width, generator=generator) / width**0.5 + 0.5 * torch.eye(width)
     x = torch.randn(1, rows or 3 * width + 20, width, generator=generator) @ mixing
     weight = torch.randn(1, out, width, generator=generator)
     layer = layers(network(nn.Linear(width, out), x[0]).record)[":linear"]
     scale = weight.reshape(1, out, parts, -1).abs().amax(3) / (2 ** (bits - 1) - 1)
-    matrix = Matrix(layer, weight, scale, torch.zeros(1, out), None, Format(bits, signed=True, symmetric=True))
+    if not affine:
+        matrix = Matrix(layer, weight, scale, torch.zeros(1, out), None, Format(bits, signed=True, symmetric=True))
+        return Problem(matrix, x, EMPTY)
+    weight += 0.7  # zero points far from the middle
+    scale, zero = (torch.from_numpy(values)[None].float() for values in grid(weight[0].numpy(), parts, bits))
+    matrix = Matrix(layer, weight, scale, torch.zeros(1, out), None, Format(bits), zero=zero)
     return Problem(matrix, x, EMPTY)
+
+
+def grid(weight: Array, parts: int, bits: int) -> tuple[Array, Array]:
+    """Scale and zero point of each of ``parts`` parts of every row: the interval of its weights and 0 on all levels."""
+    rows = weight.reshape(len(weight), parts, -1).astype(np.float64)
+    low, high = np.minimum(rows.min(2), 0.0), np.maximum(rows.max(2), 0.0)
+    scale = ((high - low) / (2**bits - 1)).astype(np.float32).astype(np.float64)
+    return scale, np.rint(-low / scale)
 
 
 def brain(
@@ -49,7 +64,9 @@ def brain(
     leave the inverse Hessian by Gaussian elimination. No Cholesky factor, no blocks."""
     x, weight = task.x[0].double().numpy(), task.matrix.weight[0].double().numpy().copy()
     scale = task.matrix.scale[0].double().numpy().copy()
-    width, low_high = weight.shape[1], task.matrix.format.levels
+    zero = task.matrix.zero.expand_as(task.matrix.scale)[0].double().numpy().copy()
+    fmt = task.matrix.format
+    width = weight.shape[1]
     part = width // scale.shape[1]
     hessian = 2 * x.T @ x
     hessian += damp * np.diag(hessian).mean() * np.eye(width)
@@ -58,9 +75,13 @@ def brain(
     for k in range(width) if order is None else order:
         if late and k % part == 0:
             reach = np.abs(weight[:, k : k + part]).max(1)
-            scale[:, k // part] = (reach / low_high[1]).astype(np.float32)
-        size = scale[:, k // part]
-        integers[:, k] = np.clip(np.rint(weight[:, k] / size), *low_high)
+            scale[:, k // part] = (reach / fmt.levels[1]).astype(np.float32)
+            if not fmt.symmetric:
+                (scale[:, k // part],), (zero[:, k // part],) = (
+                    found.T for found in grid(weight[:, k : k + part], 1, fmt.bits)
+                )
+        size, origin = scale[:, k // part], zero[:, k // part]
+        integers[:, k] = np.clip(np.rint(weight[:, k] / size) + origin, *fmt.levels) - origin
         error = (weight[:, k] - integers[:, k] * size) / inverse[k, k]
         weight -= np.outer(error, inverse[k])
         inverse -= np.outer(inverse[:, k], inverse[k]) / inverse[k, k]
@@ -73,31 +94,39 @@ def loss(task: Problem, integers: Tensor, scale: Tensor) -> float:
     return float((task.x[0].double() @ off[0].T).square().sum())
 
 
-def assert_same(got: tuple[Tensor, Tensor], want: tuple[Array, Array]) -> None:
+def assert_same(got: tuple[Tensor, ...], want: tuple[Array, Array]) -> None:
     """The same integers. Where float32 lets one tie fall the other way, what follows in that row differs: at most one
     row in twenty."""
-    integers, scale = got
+    integers, scale = got[:2]
     rows = (integers[0].numpy() != want[0]).any(1)
     assert rows.mean() <= 0.05
     np.testing.assert_allclose(scale[0].numpy()[~rows], want[1][~rows], rtol=1e-4)
 
 
 @settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 1000), width=st.integers(1, 70), block=st.integers(1, 80), damp=st.sampled_from([0.01, 0.1]))
+@given(
+    seed=st.integers(0, 1000),
+    width=st.integers(1, 70),
+    block=st.integers(1, 80),
+    damp=st.sampled_from([0.01, 0.1]),
+    affine=st.booleans(),
+)
 def test_the_columns_are_rounded_as_optimal_brain_quantization_does(
-    seed: int, width: int, block: int, damp: float
+    seed: int, width: int, block: int, damp: float, affine: bool
 ) -> None:
-    task = problem(seed, 20, width)
+    task = problem(seed, 20, width, affine=affine)
     assert_same(Gptq(damp=damp, block=block)._solve(task), brain(task, damp))
 
 
-def test_groups_get_their_scales_when_they_are_reached() -> None:
+@pytest.mark.parametrize("affine", [False, True])
+def test_groups_get_their_scales_when_they_are_reached(affine: bool) -> None:
     for block in (1, 8, 20, 128):  # no block may cut a group
-        task = problem(3, 20, 48, parts=6)
+        task = problem(3, 20, 48, parts=6, affine=affine)
         got = Gptq(block=block)._solve(task)
         assert_same(got, brain(task, 0.01, late=True))
         assert not torch.equal(got[1][..., 1:], task.matrix.scale[..., 1:])
         assert torch.equal(got[1][..., 0], task.matrix.scale[..., 0])
+        assert got.zero.any() == affine
 
 
 @pytest.mark.parametrize("parts", [1, 4])
@@ -124,7 +153,7 @@ def test_fixed_scales_are_kept() -> None:
 def test_the_output_error_falls(act_order: bool) -> None:
     for seed in range(5):
         task = problem(seed, 30, 60, bits=3)
-        found, scale = Gptq(act_order=act_order)._solve(task)
+        found, scale, _ = Gptq(act_order=act_order)._solve(task)
         assert loss(task, found, scale) < 0.7 * loss(task, task.matrix.nearest, task.matrix.scale)
 
 
@@ -132,9 +161,9 @@ def test_inputs_that_are_always_0_are_rounded_to_nearest() -> None:
     task = problem(6, 10, 12)
     x = task.x.clone()
     x[..., [2, 7]] = 0.0
-    found, _ = Gptq()._solve(Problem(task.matrix, x, EMPTY))
+    found, *_ = Gptq()._solve(Problem(task.matrix, x, EMPTY))
     assert torch.equal(found[..., [2, 7]], task.matrix.nearest[..., [2, 7]])
-    silent, _ = Gptq()._solve(Problem(task.matrix, torch.zeros_like(x), EMPTY))
+    silent, *_ = Gptq()._solve(Problem(task.matrix, torch.zeros_like(x), EMPTY))
     assert torch.equal(silent, task.matrix.nearest)
 
 
@@ -173,16 +202,18 @@ def test_a_network_comes_closer_to_float_and_stays_untouched(technique: bs.Int) 
         bs.Int(8, None, granularity="tensor"),
         bs.Int(4, None, granularity="group", group=4),
         bs.Int(4, 8, granularity="group", group=2, weight_range=bs.Range("mse")),
+        bs.Int(4, 8, affine_weights=True),
+        bs.Int(8, None, granularity="tensor", affine_weights=True),
+        bs.Int(4, None, granularity="group", group=4, affine_weights=True),
     ],
 )
-def test_the_chosen_integers_and_scales_are_shipped(technique: bs.Int, monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen: dict[str, tuple[Tensor, Tensor]] = {}
+def test_the_chosen_integers_and_grids_are_shipped(technique: bs.Int, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: dict[str, Rounded] = {}
     solve = Gptq._solve
 
-    def recording(this: Gptq, task: Problem) -> tuple[Tensor, Tensor]:
-        integers, scale = solve(this, task)
-        chosen[task.matrix.layer.site.name] = integers.clone(), scale.clone()
-        return integers, scale
+    def recording(this: Gptq, task: Problem) -> Rounded:
+        rounded = chosen[task.matrix.layer.site.name] = solve(this, task)
+        return Rounded(*(values.clone() for values in rounded))
 
     monkeypatch.setattr(Gptq, "_solve", recording)
     model, data = small(), batches(2, seed=2)
@@ -192,12 +223,14 @@ def test_the_chosen_integers_and_scales_are_shipped(technique: bs.Int, monkeypat
     net = bs.apply(model, plan, data)
     shipped = additions_of(materialised(net, lambda replica: replica(data[0][0]))).cells
     assert set(chosen) == set(plan.sites)
-    for name, (integers, scale) in chosen.items():
+    for name, (integers, scale, zero) in chosen.items():
         buffers = dict(shipped[encode_key(name)].named_buffers())
         held = buffers["weight_q4" if technique.w == 4 else "weight_q"]
-        assert torch.equal(held.reshape(integers.shape).float(), integers), name
-        kept = buffers["weight_scale"]
-        assert torch.equal(kept, scale.reshape(kept.shape) if kept.dim() else scale.flatten()[0]), name
+        levels = integers + spread(zero, integers.shape[-1])
+        assert torch.equal(held.reshape(integers.shape).float(), levels), name
+        assert zero.any() == technique.affine_weights, name
+        for kept, values in ((buffers["weight_scale"], scale), (buffers["weight_zero_point"], zero)):
+            assert torch.equal(kept.float(), values.reshape(kept.shape) if kept.dim() else values.flatten()[0]), name
 
 
 def test_the_exported_file_computes_the_same(tmp_path: Path) -> None:

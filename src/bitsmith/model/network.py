@@ -38,14 +38,16 @@ class Network:
     modules: tuple[str, ...] = ()
     example: Any = field(default=None, repr=False)
 
-    def with_model(self, model: nn.Module, scales: Mapping[tuple[str, int], Tensor] | None = None) -> Network:
+    def with_model(
+        self, model: nn.Module, grids: Mapping[tuple[str, int], tuple[Tensor, Tensor]] | None = None
+    ) -> Network:
         """The same network with other weights, recorded anew; statistics of the old ones are dropped.
 
-        ``scales``: (site, operand) -> scale of a weight that is on its grid now, of the shape that the technique there
-        gives its scales; what earlier steps fixed is kept.
+        ``grids``: (site, operand) -> (scale, zero point) of a weight that is on its grid now, of the shape that the
+        technique there gives them; what earlier steps fixed is kept.
         """
         again = network(model, self.example, forward=self.forward, names=self.expand)
-        return replace(again, record=replace(again.record, scales={**self.record.scales, **(scales or {})}))
+        return replace(again, record=replace(again.record, grids={**self.record.grids, **(grids or {})}))
 
     def with_statistics(self, statistics: Mapping[str, Any]) -> Network:
         return replace(self, record=replace(self.record, statistics=statistics))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ class Matrix:
     ``weight``: (groups, out, in), the normalisation behind it folded in. ``scale``: (groups, out, n), n = 1 or one for
     each of n equal parts of a row. ``bias``: (groups, out). ``limits``: what the activation behind it clamps to, or
     None. ``format``: of the integers. ``range``: how the technique chooses scales; ``fixed``: an earlier step has.
+    ``zero``: zero points as floats, shaped as the scales or (1, 1, 1). Integers are counted from them throughout.
     """
 
     layer: Layer
@@ -43,6 +44,7 @@ class Matrix:
     format: Format
     range: Range = Range()  # noqa: RUF009  (frozen)
     fixed: bool = False
+    zero: Tensor = torch.zeros(1, 1, 1)  # noqa: RUF009  (never changed)
 
     @property
     def step(self) -> Tensor:
@@ -52,12 +54,23 @@ class Matrix:
     @property
     def nearest(self) -> Tensor:
         """Integers of rounding to nearest, as floats: (groups, out, in)."""
-        return (self.weight / self.step).round_().clamp_(*self.format.levels)
+        return (self.weight / self.step).round_().clamp_(*self.bounds)
+
+    @property
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """Least and greatest integer of every weight, counted from its zero point: shaped as ``step``."""
+        return bounds(self.format, spread(self.zero, self.weight.shape[-1]))
 
 
 def spread(scale: Tensor, width: int) -> Tensor:
     """Scales of the groups of a row, (..., n), for each of its ``width`` weights; one for the whole row stays."""
     return scale if scale.shape[-1] == 1 else scale.repeat_interleave(width // scale.shape[-1], -1)
+
+
+def bounds(fmt: Format, zero: Tensor) -> tuple[Tensor, Tensor]:
+    """The levels of a format counted from zero points."""
+    low, high = fmt.levels
+    return low - zero, high - zero
 
 
 @dataclass(frozen=True)
@@ -70,8 +83,15 @@ class Problem:
     target: Tensor
 
 
-Solve = Callable[[Problem], tuple[Tensor, Tensor]]
-"""-> integers (as floats, shaped as the weight) and scales (shaped as they are)."""
+class Rounded(NamedTuple):
+    """``integers`` as floats, counted from the zero points, (groups, out, in); ``scale``, ``zero`` as a matrix has."""
+
+    integers: Tensor
+    scale: Tensor
+    zero: Tensor
+
+
+Solve = Callable[[Problem], Rounded]
 
 
 def round_weights(
@@ -90,13 +110,13 @@ def round_weights(
     found = dict(_matrices(net, plan, simulated))
     if not found:
         raise PrepareError(
-            f"{step}: the plan puts no integer technique with symmetric weights at a convolution or linear layer that "
+            f"{step}: the plan puts no integer technique at a convolution or linear layer that "
             "is called once and shares its weight with nobody; give such sites one, or leave the step out"
         )
     inputs = list(_first(data, samples))
     sizes = [batch_size(item) for item in inputs]
     total = sum(sizes)
-    scales: dict[tuple[str, int], Tensor] = {}
+    grids: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
     with _Lanes() as lanes:
         for name in found:
             cell = additions_of(simulated).cells[encode_key(name)]
@@ -129,14 +149,14 @@ def round_weights(
             target = torch.empty(0)
             if theirs:
                 target = torch.baddbmm(matrix.bias[:, None], torch.cat(theirs, 1), matrix.weight.mT)
-            integers, scale = solve(Problem(matrix, torch.cat(ours, 1), target))
-            scales[name, matrix.layer.slot] = _write(net, simulated, matrix, integers, scale)
-    unseen = [name for name, matrix in found.items() if (name, matrix.layer.slot) not in scales]
+            rounded = solve(Problem(matrix, torch.cat(ours, 1), target))
+            grids[name, matrix.layer.slot] = _write(net, simulated, matrix, rounded)
+    unseen = [name for name, matrix in found.items() if (name, matrix.layer.slot) not in grids]
     if unseen:
         raise PrepareError(
             f"{step}: the calibration data never reached {', '.join(unseen[:5])}; give data like the example"
         )
-    return net.with_model(net.model, scales).with_statistics(statistics)
+    return net.with_model(net.model, grids).with_statistics(statistics)
 
 
 def _first(data: Any, samples: int) -> Iterator[Any]:
@@ -155,12 +175,13 @@ def _matrices(net: Network, plan: Plan, simulated: nn.Module) -> Iterator[tuple[
         if name not in plan.sites:
             continue
         cell = additions_of(simulated).cells[encode_key(name)]
-        scale, fmt = getattr(cell, "weight_scale", None), getattr(cell, "format", None)
-        if isinstance(cell, Cell) and isinstance(scale, Tensor) and isinstance(fmt, Format) and fmt.symmetric:
-            yield name, _matrix(net, layer, cell, scale, fmt, getattr(plan[name], "weight_range", Range()))
+        scale, zero = (getattr(cell, f"weight_{kind}", None) for kind in ("scale", "zero_point"))
+        fmt = getattr(cell, "format", None)
+        if all(isinstance(it, Tensor) for it in (scale, zero)) and isinstance(cell, Cell) and isinstance(fmt, Format):
+            yield name, _matrix(net, layer, cell, fmt, getattr(plan[name], "weight_range", Range()))
 
 
-def _matrix(net: Network, layer: Layer, cell: Cell, scale: Tensor, fmt: Format, range: Range) -> Matrix:
+def _matrix(net: Network, layer: Layer, cell: Cell, fmt: Format, range: Range) -> Matrix:
     record, name = net.record, layer.site.name
     weight = folded_weight(record, layer)
     out = weight.shape[0]
@@ -168,17 +189,22 @@ def _matrix(net: Network, layer: Layer, cell: Cell, scale: Tensor, fmt: Format, 
     if cell.norm:
         factor, shift = folded_affine(*record.folds[name])
         bias = bias * factor + shift
-    rows = scale if scale.dim() == 2 else scale.reshape(-1, 1).expand(out, 1)
     shape = (layer.groups, out // layer.groups, -1)
+
+    def by_row(values: Tensor) -> Tensor:
+        rows = values if values.dim() == 2 else values.reshape(-1, 1).expand(out, 1)
+        return rows.reshape(shape).float().clone()
+
     return Matrix(
         layer,
         weight.reshape(shape),
-        rows.reshape(shape).clone(),
+        by_row(cell.get_buffer("weight_scale")),
         bias.reshape(shape[:2]),
         _limits(net, layer.site),
         fmt,
         range,
-        (name, layer.slot) in record.scales,
+        (name, layer.slot) in record.grids,
+        by_row(cell.get_buffer("weight_zero_point")),
     )
 
 
@@ -198,8 +224,9 @@ def _limits(net: Network, site: Site) -> tuple[float, float] | None:
     return None
 
 
-def _write(net: Network, simulated: nn.Module, matrix: Matrix, integers: Tensor, scale: Tensor) -> Tensor:
-    """Put a layer's weights on their grid, in the model and in its running simulation; the scale as the cell has it."""
+def _write(net: Network, simulated: nn.Module, matrix: Matrix, rounded: Rounded) -> tuple[Tensor, Tensor]:
+    """Put a layer's weights on their grid, in the model and in its running simulation; the grid as the cell has it."""
+    integers, scale, zero = rounded
     layer = matrix.layer
     parameter = tensor_at(net.model, layer.key)
     folded = integers.double() * spread(scale, integers.shape[-1]).double()
@@ -209,12 +236,14 @@ def _write(net: Network, simulated: nn.Module, matrix: Matrix, integers: Tensor,
         # a channel that is multiplied by 0 keeps its weights: any integers but 0 would be lost there
         along = factor.double().reshape(-1, *[1] * (weight.dim() - 1))
         weight = torch.where(along == 0, parameter.double(), weight / along)
-    kept: Tensor = additions_of(simulated).cells[encode_key(layer.site.name)].get_buffer("weight_scale")
+    cell = additions_of(simulated).cells[encode_key(layer.site.name)]
+    grid = cell.get_buffer("weight_scale"), cell.get_buffer("weight_zero_point")
     with torch.no_grad():
         parameter.copy_(weight)
         tensor_at(simulated, layer.key).copy_(parameter)
-        kept.copy_(scale.reshape(kept.shape) if kept.dim() else scale.flatten()[0])
-    return kept.clone()
+        for kept, values in zip(grid, (scale, zero.expand_as(scale)), strict=True):
+            kept.copy_(values.reshape(kept.shape) if kept.dim() else values.flatten()[0])
+    return grid[0].clone(), grid[1].clone()
 
 
 # -- rows of a layer's input -------------------------------------------------------------------------------------

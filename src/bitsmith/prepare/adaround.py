@@ -12,7 +12,7 @@ from torch import Tensor
 from ..model.network import Network
 from ..plan import Plan
 from ..technique import Step
-from ._sequential import Matrix, Problem, round_weights
+from ._sequential import Matrix, Problem, Rounded, round_weights
 
 _ZETA, _GAMMA = 1.1, -0.1  # how far the rectified sigmoid is stretched beyond 1 and 0
 _DECAY, _DECAY_SQUARE = 0.9, 0.999  # Adam's
@@ -39,7 +39,7 @@ class AdaRound(Step):
     integers, from nearest, on the Gram matrix of the inputs (as QuantEase, Behdin et al. 2023, arXiv:2309.01885, there
     for one network's own inputs). ``iterations`` are then sweeps at most, and the options below ``samples`` idle.
 
-    For sites of symmetric integer weights, convolutions and linear layers, that are called once and share their weight
+    For sites of integer weights, convolutions and linear layers, that are called once and share their weight
     with nobody; others (embeddings, recurrent loops, tied weights) are left alone. Scales are those of the technique.
     """
 
@@ -70,14 +70,14 @@ class AdaRound(Step):
     def prepare(self, net: Network, plan: Plan, data: Any) -> Network:
         return round_weights(net, plan, data, self.samples, self.rows, self.seed, True, self._solve, "AdaRound")
 
-    def _solve(self, problem: Problem) -> tuple[Tensor, Tensor]:
+    def _solve(self, problem: Problem) -> Rounded:
         matrix = problem.matrix
         nearest = matrix.nearest
         least = output_error(problem, nearest)
         if least == 0.0:
-            return nearest, matrix.scale
+            return Rounded(nearest, matrix.scale, matrix.zero)
         found = descend(problem, self.iterations) if self.method == "descent" else self._relax(problem, least)
-        return (found if output_error(problem, found) < least else nearest), matrix.scale
+        return Rounded(found if output_error(problem, found) < least else nearest, matrix.scale, matrix.zero)
 
     def _relax(self, problem: Problem, error: float) -> Tensor:
         matrix, x = problem.matrix, problem.x
@@ -112,7 +112,7 @@ class _Rounding:
     """
 
     def __init__(self, matrix: Matrix) -> None:
-        low, high = matrix.format.levels
+        low, high = matrix.bounds
         step = matrix.step.expand_as(matrix.weight).contiguous()
         scaled = matrix.weight / step
         # beyond the range the choice is between the last two integers
@@ -182,7 +182,7 @@ def descend(problem: Problem, sweeps: int) -> Tensor:
     ``w_k - D_k / G_kk`` on the grid. Ends early when a sweep changes less than one weight in ten thousand.
     """
     matrix, x = problem.matrix, problem.x
-    low, high = matrix.format.levels
+    low, high = (limit.expand_as(matrix.weight) for limit in matrix.bounds)
     step = matrix.step.expand_as(matrix.weight)
     # of the weights in float, whose inputs differ from the ones that are rounded for
     slack = torch.bmm((torch.baddbmm(matrix.bias[:, None], x, matrix.weight.mT) - problem.target).mT, x)
@@ -199,7 +199,8 @@ def descend(problem: Problem, sweeps: int) -> Tensor:
             inner, local = gram[:, here, here], slack[:, :, here].clone()
             for j in range(before.shape[-1]):
                 k = start + j
-                best = (q[:, :, k] - local[:, :, j] / (step[:, :, k] * diagonal[:, k, None])).round_().clamp_(low, high)
+                best = (q[:, :, k] - local[:, :, j] / (step[:, :, k] * diagonal[:, k, None])).round_()
+                best.clamp_(low[:, :, k], high[:, :, k])
                 local.baddbmm_(((best - q[:, :, k]) * step[:, :, k])[:, :, None], inner[:, j][:, None])
                 q[:, :, k] = best
             moved = (q[:, :, here] - before) * step[:, :, here]

@@ -12,7 +12,7 @@ from ..model.network import Network
 from ..numerics.ranges import weight_qparams
 from ..plan import Plan
 from ..technique import Step
-from ._sequential import Matrix, Problem, round_weights, spread
+from ._sequential import Matrix, Problem, Rounded, bounds, round_weights, spread
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,13 @@ class Gptq(Step):
     is read off the Cholesky factor of its inverse. Columns of a ``block`` are updated at once, the others behind it.
 
     ``act_order``: columns by falling diagonal of H instead of by index. Groups of a row (``Int(granularity="group")``)
-    get their scales when the first of their columns is reached, from weights that hold the errors so far; with
-    ``act_order``, and where an earlier step has fixed them, they keep those that the technique chose.
+    get their scales and zero points when the first of their columns is reached, from weights that hold the errors so
+    far; with ``act_order``, and where an earlier step has fixed them, they keep those that the technique chose.
 
     At most ``samples`` samples and ``rows`` of their output positions (a convolution's patches, a token's features)
     make up X. Inputs that were always 0 are rounded to nearest (the paper's code drops their weights).
 
-    For sites of symmetric integer weights, convolutions and linear layers, that are called once and share their weight
+    For sites of integer weights, convolutions and linear layers, that are called once and share their weight
     with nobody; others (embeddings, recurrent loops, tied weights) are left alone.
     """
 
@@ -52,7 +52,7 @@ class Gptq(Step):
     def prepare(self, net: Network, plan: Plan, data: Any) -> Network:
         return round_weights(net, plan, data, self.samples, self.rows, self.seed, False, self._solve, "Gptq")
 
-    def _solve(self, problem: Problem) -> tuple[Tensor, Tensor]:
+    def _solve(self, problem: Problem) -> Rounded:
         matrix = problem.matrix
         hessian = torch.bmm(problem.x.mT, problem.x).mul_(2).double()
         diagonal = hessian.diagonal(dim1=1, dim2=2)
@@ -63,17 +63,17 @@ class Gptq(Step):
             hessian = hessian.gather(2, order[:, None].expand_as(hessian))
         return self._round(matrix, _inverse_factor(hessian, self.damp), order)
 
-    def _round(self, matrix: Matrix, factor: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _round(self, matrix: Matrix, factor: Tensor, order: Tensor | None) -> Rounded:
         """``factor``: upper Cholesky factor of the inverse Hessian, (groups, in, in), columns in that order."""
         width = matrix.weight.shape[-1]
-        levels = matrix.format.levels
         part = width // matrix.scale.shape[-1]
         free = matrix.weight.clone()
         scale = matrix.scale.clone()
-        step = spread(scale, width).expand_as(free)
+        zero = matrix.zero.expand_as(scale).clone()
+        step, origin = (spread(values, width).expand_as(free) for values in (scale, zero))
         if order is not None:
             along = order[:, None].expand_as(free)
-            free, step = free.gather(2, along), step.gather(2, along)
+            free, step, origin = (values.gather(2, along) for values in (free, step, origin))
         late = scale.shape[-1] > 1 and order is None and not matrix.fixed
         # a group never reaches beyond its block, where its weights would not hold all errors yet
         block = -(-self.block // part) * part if late else self.block
@@ -85,15 +85,16 @@ class Gptq(Step):
             for j in range(weight.shape[-1]):
                 k = start + j
                 if late and k % part == 0:
-                    scale[:, :, k // part] = _scale(matrix, weight[:, :, j : j + part])
+                    scale[:, :, k // part], zero[:, :, k // part] = _grid(matrix, weight[:, :, j : j + part])
                 size = scale[:, :, k // part] if late else step[:, :, k]
-                integers[:, :, k] = (weight[:, :, j] / size).round_().clamp_(*levels)
+                limits = bounds(matrix.format, zero[:, :, k // part] if late else origin[:, :, k])
+                integers[:, :, k] = (weight[:, :, j] / size).round_().clamp_(*limits)
                 errors[:, :, j] = (weight[:, :, j] - integers[:, :, k] * size) / inner[:, j, j, None]
                 weight[:, :, j + 1 :].baddbmm_(errors[:, :, j, None], inner[:, None, j, j + 1 :], alpha=-1)
             free[:, :, here.stop :].baddbmm_(errors, factor[:, here, here.stop :], alpha=-1)
         if order is not None:
             integers = torch.empty_like(integers).scatter_(2, along, integers)
-        return integers, scale
+        return Rounded(integers, scale, zero)
 
 
 def _inverse_factor(hessian: Tensor, damp: float) -> Tensor:
@@ -107,8 +108,8 @@ def _inverse_factor(hessian: Tensor, damp: float) -> Tensor:
     return factor.float()
 
 
-def _scale(matrix: Matrix, weight: Tensor) -> Tensor:
-    """The scale of each row of (groups, out, some), as the technique would choose it: (groups, out)."""
+def _grid(matrix: Matrix, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of each row of (groups, out, some), as the technique would choose them: (groups, out)."""
     rows = weight.reshape(-1, weight.shape[-1])
-    scale, _ = weight_qparams(rows, matrix.format.bits, True, 0, None, matrix.range)
-    return scale.reshape(weight.shape[:2])
+    scale, zero = weight_qparams(rows, matrix.format.bits, matrix.format.symmetric, 0, None, matrix.range)
+    return scale.reshape(weight.shape[:2]), zero.reshape(weight.shape[:2]).float()

@@ -193,7 +193,7 @@ def _weight_cells(
         site = net.record.sites[name]
         if site.weight is None or not isinstance(getattr(technique, "weight_range", None), Range):
             continue
-        if (name, site.operands.index(site.weight)) in net.record.scales:
+        if (name, site.operands.index(site.weight)) in net.record.grids:
             continue  # a step has fixed its scales
         for method in candidates:
             one = dataclasses.replace(technique, weight_range=method)  # type: ignore[type-var]

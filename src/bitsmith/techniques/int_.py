@@ -207,8 +207,8 @@ class _IntCell(Cell):
             technique.group or None,
             technique.weight_range,
         )
-        if (fixed := record.scales.get((site.name, self.slot))) is not None:
-            scale, zero_point = fixed.reshape(scale.shape).to(scale), torch.zeros_like(zero_point)
+        if (fixed := record.grids.get((site.name, self.slot))) is not None:
+            scale, zero_point = fixed[0].reshape(scale.shape).to(scale), fixed[1].reshape(scale.shape).to(zero_point)
         self.weight_scale: Tensor
         self.weight_zero_point: Tensor
         self.register_buffer("weight_scale", scale)
