@@ -55,12 +55,14 @@ NETWORKS: Mapping[str, Network] = {
 
 
 class AnyBits(bs.targets.OnnxRuntime):
-    """ONNX Runtime as if it had its kernels for weights of every width: what 4 bits lose can be simulated only.
+    """ONNX Runtime as if it had its kernels for weights of every width and form: what 4 bits lose can be simulated only.
 
     Of embeddings only 8 bits: nothing is multiplied there, and 4 of them are not what W4A8 stands for.
     """
 
     def supports(self, technique: bs.Technique, site: bs.Site) -> bool | bs.No:
         if isinstance(technique, bs.Int) and (site.kind != "embedding" or technique.w == 8):
-            technique = dataclasses.replace(technique, w=8, a=technique.a or 8, granularity="channel", group=0)
+            technique = dataclasses.replace(
+                technique, w=8, a=technique.a or 8, granularity="channel", group=0, affine_weights=False
+            )
         return super().supports(technique, site)

@@ -140,6 +140,26 @@ def test_the_same_class_counts() -> None:
     assert dataclasses.replace(fine, same_class=None, float_same_class=None).passed
 
 
+def test_the_verdict_says_what_failed() -> None:
+    sites = (SiteCheck("a", "Int", "int8", agree=1.0), SiteCheck("b", "Int", "int8", agree=0.5))
+    fine = bs.Check(sites[:1], 50.0, 30.0, 0.99, 0.98, 100, 40.0, "onnxruntime")
+    assert fine.verdict == "passed: it runs as simulated"
+    assert dataclasses.replace(fine, sites=sites).verdict.endswith("do not compute what is simulated, first b")
+    assert "more often" in dataclasses.replace(fine, same_class=0.97).verdict
+    low = dataclasses.replace(fine, whole_db=39.0)
+    assert "every site computes" in low.verdict
+    assert "40 dB" in low.verdict
+    assert low.to_json()["verdict"] == low.verdict
+
+
+def test_the_tolerance_can_be_given(shipped: Shipped) -> None:
+    found = [
+        bs.verify(shipped.net, shipped.artifact, batches(2, seed=2), tolerance_db=asked) for asked in (10.0, 1000.0)
+    ]
+    assert [check.passed for check in found] == [True, False]
+    assert [check.tolerance_db for check in found] == [10.0, 1000.0]
+
+
 def test_fewer_samples_than_one_batch_of_the_file(shipped: Shipped) -> None:
     x, y = batches(1)[0]
     with pytest.raises(ValueError, match="at least 4 samples"):

@@ -58,6 +58,12 @@ def test_an_artifact_that_is_not_its_plans_fails_with_code_1(quantized: Said, fi
     assert "FAILED" in said.out
 
 
+def test_the_tolerance_of_verify_can_be_asked_for(quantized: Said, run: Run) -> None:
+    said = run("verify", "net.py:build", "out/model.onnx", "--data", "data.py:task", "--tolerance-db", "1000")
+    assert said.code == 1
+    assert "(at least 1000)" in said.out
+
+
 def test_sites_can_be_left_out_and_the_batch_be_set(files: Path, run: Run) -> None:
     said = run("quantize", *NET, *ON, "--exclude", "6", "--technique", "Int(8, 8)", "--batch", "3", "-o", "out")
     assert said.code == 0, said.err

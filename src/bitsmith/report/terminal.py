@@ -50,9 +50,8 @@ def summary(report: Report, console: Console | None = None) -> None:
             console.print(Text.assemble((f"{name}: ", "dim"), line))
     if "passed" in report.verify:
         passed = bool(report.verify["passed"])
-        console.print(
-            Text(f"simulated against run: {'passed' if passed else 'FAILED'}", style="green" if passed else "bold red")
-        )
+        verdict = report.verify.get("verdict", "passed" if passed else "FAILED")
+        console.print(Text(f"simulated against run: {verdict}", style="green" if passed else "bold red"))
     worst = text.worst(report.sites)
     if worst:
         changed = sum(bool(row.why) for row in report.sites)
