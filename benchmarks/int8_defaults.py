@@ -3,7 +3,7 @@
     python -m benchmarks.int8_defaults [--resume] [--threads 2] [--only PART]
 
 Simulated in ONNX Runtime's form; mean KL divergence from float. At 8 bits the default has to have the least geometric
-mean over the networks (bar 1.00). ``.w4a8``: the same at 4-bit weights.
+mean over the networks (bar 1.00). ``.w4a8``: the same at 4-bit weights. ``groups``: what GPTQ's damping should be.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bitsmith.data import items
 from .harness import RESULTS, Benchmark, table
 from .int8_peers import silent
 from .int8_tasks import NETWORKS, AnyBits
-from .logit_peers import float_logits
+from .logit_peers import GROUP, float_logits
 from .paired import divergence, mean_interval
 
 EQUAL, SMOOTH, BIAS = bs.EqualiseDepthwise(), bs.SmoothQuant(0.85, multiply=True), bs.CorrectBias()
@@ -49,6 +49,7 @@ FOUR: Mapping[str, Settings] = {
     "GPTQ, extremes": {"prepare": (EQUAL, bs.Gptq(), BIAS), "choose": False},
     "AdaRound": {"prepare": (EQUAL, bs.AdaRound(), BIAS)},
     "AdaRound, extremes": {"prepare": (EQUAL, bs.AdaRound(), BIAS), "choose": False},
+    "AdaRound, symmetric": {"prepare": (EQUAL, bs.AdaRound(asymmetric=False), BIAS)},
 }
 """All but the first with ``EqualiseDepthwise`` before and ``CorrectBias`` behind."""
 
@@ -58,12 +59,20 @@ SMOOTHED: Mapping[str, Settings] = {
 }
 """For transformers: elsewhere there is nothing to smooth."""
 
+DAMPED: Mapping[str, Settings] = {
+    "nearest": {"prepare": ()},
+    **{f"GPTQ, damp {damp:g}": {"prepare": (bs.Gptq(damp=damp),)} for damp in (0.01, 0.1, 0.3, 1.0)},
+    **{f"GPTQ, damp {damp:g}, act_order": {"prepare": (bs.Gptq(damp, act_order=True),)} for damp in (0.01, 0.1, 0.3)},
+}
+"""For weights only, in groups."""
+
 PARTS = {
     **{"resnet20": (1.5, 1.5), "mobilenet_v1": (8.0, 8.0), "ds_cnn": (1.0, 1.0), "minilm": (8.0, 8.0)},
     "together": (0.0, 0.0),
     **{"resnet20.w4a8": (3.0, 3.0), "mobilenet_v1.w4a8": (12.0, 12.0), "ds_cnn.w4a8": (2.0, 2.0)},
     "minilm.w4a8": (25.0, 25.0),
     "together.w4a8": (0.0, 0.0),
+    **{"minilm.groups": (4.0, 4.0), "minilm.affine_groups": (4.0, 4.0)},
 }
 
 
@@ -139,6 +148,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parts[four] = functools.partial(
             compare, name=name, technique=bs.Int(4, 8), combinations=combinations, part=four
         )
+    for part, affine in (("minilm.groups", False), ("minilm.affine_groups", True)):
+        groups = bs.Int(4, None, granularity="group", group=GROUP, affine_weights=affine)
+        parts[part] = functools.partial(compare, name="minilm", technique=groups, combinations=DAMPED, part=part)
     return bench.run(parts)
 
 

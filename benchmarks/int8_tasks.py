@@ -55,7 +55,7 @@ NETWORKS: Mapping[str, Network] = {
 
 
 class AnyBits(bs.targets.OnnxRuntime):
-    """ONNX Runtime as if it had its kernels for weights of every width and form: what 4 bits lose can be simulated only.
+    """ONNX Runtime as if it had its kernels for weights of every form: what 4 bits lose can be simulated only.
 
     Of embeddings only 8 bits: nothing is multiplied there, and 4 of them are not what W4A8 stands for.
     """

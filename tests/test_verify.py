@@ -148,7 +148,7 @@ def test_the_verdict_says_what_failed() -> None:
     assert "more often" in dataclasses.replace(fine, same_class=0.97).verdict
     low = dataclasses.replace(fine, whole_db=39.0)
     assert "every site computes" in low.verdict
-    assert "40 dB" in low.verdict
+    assert "39.0 dB, 40 asked" in low.verdict
     assert low.to_json()["verdict"] == low.verdict
 
 

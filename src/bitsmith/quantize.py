@@ -117,6 +117,6 @@ def default_steps(technique: Technique, kinds: Collection[str] = ("conv2d", "lin
     if technique.w == 8:
         return EqualiseDepthwise(), SmoothQuant(0.85, multiply=True), CorrectBias()
     rounding: tuple[Step, ...] = ()
-    if kinds and not technique.affine_weights:
+    if kinds:
         rounding = (AdaRound() if any(kind.startswith("conv") for kind in kinds) else Gptq(),)
     return EqualiseDepthwise(), *rounding, CorrectBias()

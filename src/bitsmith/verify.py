@@ -96,9 +96,9 @@ class Check:
         if not self._classes_hold:
             return "FAILED: every site computes what is simulated, but float has the simulation's class more often"
         return (
-            f"FAILED: every site computes what is simulated, but whole networks differ by more than {self.tolerance_db:g} "
-            "dB allow: in a deep network single roundings that go the other way grow; is the distance from float much "
-            "greater, ask for less (tolerance_db, --tolerance-db)"
+            "FAILED: every site computes what is simulated, but the whole network not within the tolerance "
+            f"({self.whole_db:.1f} dB, {self.tolerance_db:g} asked; simulation to float {self.float_db:.1f}): single "
+            "roundings that go the other way grow in deep networks; tolerance_db (--tolerance-db) says what to ask for"
         )
 
     @property
@@ -137,8 +137,9 @@ def verify(
 
     ``net``: the applied network that was exported. ``data``: a loader; its first ``samples`` samples are compared at
     the outputs, the first ``site_samples`` at every site. ``tolerance_db``: least agreement of the outputs, in dB;
-    None: 40 in ONNX Runtime, 35 elsewhere. Deep networks may lie below with every site exact: compare with ``float_db``.
-    ``target``: the one that exported it; a built-in target is found by name. Every tensor of inputs and outputs has the samples along dimension 0.
+    None: 40 in ONNX Runtime, 35 elsewhere. Deep networks may lie below with every site exact: compare it with
+    ``float_db``. ``target``: the one that exported it; a built-in target is found by name. Every tensor of inputs and
+    outputs has the samples along dimension 0.
     """
     target = target or built_in(artifact.target)
     comparison = _Comparison(net, artifact, target, forward)

@@ -265,6 +265,23 @@ def test_the_chosen_integers_are_shipped(
         torch.testing.assert_close(ours, plain, rtol=1e-6, atol=0)
 
 
+def test_symmetric_reconstruction_leaves_the_drift_of_the_inputs_alone() -> None:
+    for seed in range(5):
+        task = problem(seed, rows=256, relu=False)
+        own = Problem(task.matrix, task.x, torch.baddbmm(task.matrix.bias[:, None], task.x, task.matrix.weight.mT))
+        step = AdaRound(iterations=200, batch=64, asymmetric=False)
+        found = step._solve(Problem(task.matrix, task.x, torch.empty(0)))  # the float network is not asked
+        assert torch.equal(found.integers, step._solve(task).integers)
+        assert objective(own, found.integers) < objective(own, task.matrix.nearest)
+    model, data = small(), batches(2, seed=2)
+    plan = low_plan(model, data[0][0], LOW)
+    one, other = (
+        bs.apply(model, plan.replace(prepare=(dataclasses.replace(SHORT, asymmetric=asked),)), data).state_dict()
+        for asked in (True, False)
+    )
+    assert not all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
 def test_the_exported_file_computes_the_same(tmp_path: Path) -> None:
     model, data, target = small(), batches(2, seed=2), OnnxRuntime()
     net = network(model, data[0][0])

@@ -123,7 +123,7 @@ def test_groups_get_their_scales_when_they_are_reached(affine: bool) -> None:
     for block in (1, 8, 20, 128):  # no block may cut a group
         task = problem(3, 20, 48, parts=6, affine=affine)
         got = Gptq(block=block)._solve(task)
-        assert_same(got, brain(task, 0.01, late=True))
+        assert_same(got, brain(task, Gptq().damp, late=True))
         assert not torch.equal(got[1][..., 1:], task.matrix.scale[..., 1:])
         assert torch.equal(got[1][..., 0], task.matrix.scale[..., 0])
         assert got.zero.any() == affine
@@ -134,7 +134,7 @@ def test_act_order_takes_the_strongest_inputs_first_and_keeps_the_scales(parts: 
     task = problem(4, 20, 32, parts=parts)
     strength = task.x[0].double().square().sum(0).numpy()
     got = Gptq(act_order=True, block=10)._solve(task)
-    assert_same(got, brain(task, 0.01, np.argsort(-strength, kind="stable")))
+    assert_same(got, brain(task, Gptq().damp, np.argsort(-strength, kind="stable")))
     assert torch.equal(got[1], task.matrix.scale)
 
 
@@ -146,7 +146,7 @@ def test_fixed_scales_are_kept() -> None:
     )
     got = Gptq()._solve(Problem(fixed, task.x, EMPTY))
     assert torch.equal(got[1], matrix.scale)
-    assert_same(got, brain(task, 0.01))
+    assert_same(got, brain(task, Gptq().damp))
 
 
 @pytest.mark.parametrize("act_order", [False, True])

@@ -47,7 +47,7 @@ def add(commands: Any) -> None:
         "--tolerance-db",
         type=float,
         metavar="DB",
-        help="least agreement of the outputs (40 in onnxruntime, 35 elsewhere)",
+        help="least agreement of the outputs (onnxruntime 40, else 35)",
     )
     arguments.add_seed(verify)
     verify.set_defaults(run=run_verify)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -35,6 +35,10 @@ class AdaRound(Step):
     The error is divided by that of rounding to nearest, and the regularisation by the number of weights, so that
     ``reg`` has no unit (in the paper it has that of the output). A layer in which nearest was better keeps it.
 
+    ``asymmetric=False`` holds a layer against what its float weights make of the inputs that it gets now (eq. 21), not
+    against the float network: it then leaves the errors of the layers before alone. Convolutional networks need them
+    taken back; in a transformer they come mostly from activations and pass by a layer in the residual sum.
+
     ``method="descent"`` is not the paper's: it solves eq. 20 without the activation by coordinate descent over all
     integers, from nearest, on the Gram matrix of the inputs (as QuantEase, Behdin et al. 2023, arXiv:2309.01885, there
     for one network's own inputs). ``iterations`` are then sweeps at most, and the options below ``samples`` idle.
@@ -53,6 +57,7 @@ class AdaRound(Step):
     warmup: float = 0.2
     seed: int = 0
     method: Literal["relaxation", "descent"] = "relaxation"
+    asymmetric: bool = True
 
     def __post_init__(self) -> None:
         for name in ("iterations", "samples", "rows", "batch"):
@@ -68,10 +73,13 @@ class AdaRound(Step):
             raise ValueError(f"AdaRound(method={self.method!r}): must be 'relaxation' or 'descent'")
 
     def prepare(self, net: Network, plan: Plan, data: Any) -> Network:
-        return round_weights(net, plan, data, self.samples, self.rows, self.seed, True, self._solve, "AdaRound")
+        asymmetric = self.asymmetric
+        return round_weights(net, plan, data, self.samples, self.rows, self.seed, asymmetric, self._solve, "AdaRound")
 
     def _solve(self, problem: Problem) -> Rounded:
         matrix = problem.matrix
+        if not self.asymmetric:
+            problem = replace(problem, target=torch.baddbmm(matrix.bias[:, None], problem.x, matrix.weight.mT))
         nearest = matrix.nearest
         least = output_error(problem, nearest)
         if least == 0.0:
