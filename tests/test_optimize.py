@@ -12,6 +12,8 @@ import pytest
 import torch
 
 import bitsmith as bs
+from bitsmith.bench import Bench
+from bitsmith.evaluate import Evaluator
 from bitsmith.testing import MockTarget
 from smallnet import Batch, batches, small, task
 
@@ -117,6 +119,26 @@ def test_report_says_what_was_got(done: Done) -> None:
     assert data["split"].startswith("test")
     assert done.optimized.report.met
     assert {row["site"] for row in data["sites"]} == set(bs.sites(done.model, batches(1)[0][0]))
+
+
+def test_whole_plans_are_measured_and_returned_with_their_steps(tmp_path: Path) -> None:
+    model, steps = small(width=16), bs.default_steps(bs.Int(8, 8))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    given = {"task": task(forward=forward), "target": bs.targets.OnnxRuntime(threads=1), "minimize": "mib"}
+    found = bs.optimize(model, budget=bs.Budget(drop=0.05), prepare=steps, folder=tmp_path, **given)
+    assert found.plan.prepare == steps
+    assert found.plan.sites
+    assert bs.Plan.load(tmp_path / "plan.json") == found.plan == bs.plan_of(found.net)
+    assert found.check.passed
+    # measured whole: the plan's validation score is that of the prepared network
+    bench = Bench.open(model, given["task"], given["target"])
+    evaluate = Evaluator(bench, steps)
+    point = found.result.best
+    assert point.evaluation is not None
+    assert point.evaluation.plan == found.plan == evaluate.adapted(point.plan)
+    assert point.evaluation.metric == bench.score(found.plan).mean
+    assert evaluate.adapted(bs.Plan()) == bs.Plan()  # nothing to prepare
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_plan_metric_is_the_accuracy_of_the_returned_network(done: Done) -> None:

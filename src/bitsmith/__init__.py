@@ -46,6 +46,7 @@ from .profile import Profile as Profile
 from .profile import Row as Row
 from .profile import profile as profile
 from .progress import Progress as Progress
+from .quantize import default_steps as default_steps
 from .quantize import quantize as quantize
 from .report.compose import report as report
 from .report.data import Report as Report
@@ -127,6 +128,7 @@ __all__ = [
     "Wants",
     "apply",
     "choose_ranges",
+    "default_steps",
     "evaluator",
     "export",
     "load",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
@@ -14,6 +15,7 @@ from .search.base import Evaluate, Evaluation
 from .store import Store
 from .targets.base import Target
 from .task import Task
+from .technique import Step
 from .techniques.float_ import Float
 
 
@@ -38,14 +40,19 @@ def evaluator(
 
 
 class Evaluator:
-    """:func:`evaluator` on a bench that is already open."""
+    """:func:`evaluator` on a bench that is already open. ``prepare``: steps for every plan that changes something."""
 
-    def __init__(self, bench: Bench) -> None:
-        self.bench = bench
+    def __init__(self, bench: Bench, prepare: Sequence[Step] = ()) -> None:
+        self.bench, self.prepare = bench, tuple(prepare)
+
+    def adapted(self, plan: Plan) -> Plan:
+        """The plan as it is measured: in the target's form, with the steps."""
+        found = adapt(self.bench, plan)
+        return found.replace(prepare=(*self.prepare, *found.prepare)) if found.sites else found
 
     def __call__(self, plan: Plan) -> Evaluation:
         bench = self.bench
-        adapted = adapt(bench, plan)
+        adapted = self.adapted(plan)
         reference = bench.score(None)
         got = bench.score(adapted)
         lost = drop(reference, got)

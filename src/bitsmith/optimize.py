@@ -17,7 +17,7 @@ from torch import nn
 from ._files import check_writable
 from .bench import Bench, suffix
 from .compare import drop
-from .evaluate import Evaluator, adapt
+from .evaluate import Evaluator
 from .plan import Budget, Plan
 from .profile import Profile, measure
 from .progress import Progress, Silent
@@ -30,7 +30,7 @@ from .sensitivity.one_at_a_time import output_error
 from .store import Store, machine_key
 from .targets.base import Artifact, Target
 from .task import Split, Task
-from .technique import Technique
+from .technique import Step, Technique
 from .techniques.int_ import Int
 from .verify import Check, verify
 
@@ -56,6 +56,7 @@ def optimize(
     *,
     minimize: str | None = None,
     techniques: Sequence[Technique] | None = None,
+    prepare: Sequence[Step] = (),
     method: Search | None = None,
     sensitivity: Sensitivity = output_error,
     store: Store | str | Path | None = None,
@@ -68,8 +69,10 @@ def optimize(
     """Profile, search, apply, export, verify, report: the verbs composed.
 
     ``budget``: limits; if ``drop`` is the only one, ``ms`` is minimized, otherwise say what with ``minimize``.
-    ``techniques``: what may stand at a site, ``[Int(8, 8)]`` by default. ``folder``: gets ``plan.json``, the model
-    file, ``report.html``, ``report.json`` and, if no ``store`` is given, the store ``runs.db`` from which a killed run
+    ``techniques``: what may stand at a site, ``[Int(8, 8)]`` by default. ``prepare``: steps that every whole plan is
+    measured and returned with, such as ``default_steps(Int(8, 8))``, which ``quantize`` takes; sites alone are measured
+    without, and a prepared plan takes longer to measure. ``folder``: gets ``plan.json``, the model file,
+    ``report.html``, ``report.json`` and, if no ``store`` is given, the store ``runs.db`` from which a killed run
     resumes; without a folder the model file lives as long as the returned artifact. ``batch``: of the times and of
     the file.
 
@@ -89,11 +92,12 @@ def optimize(
         raise ValueError(f"{target.name} gives no energy: leave mj out, or take a target that has it")
     profiled = measure(bench, offered, sensitivity)
     failure: BudgetError | None = None
+    evaluate = Evaluator(bench, prepare)
     try:
-        result = search(profiled, budget, minimize, method or Exact(), Evaluator(bench), _told(progress))
+        result = search(profiled, budget, minimize, method or Exact(), evaluate, _told(progress))
     except BudgetError as error:
         failure, result = error, error.best
-    finished = _finish(bench, profiled, result, budget, place, title)
+    finished = _finish(evaluate, profiled, result, budget, place, title)
     if failure is not None:
         raise failure
     return finished
@@ -135,12 +139,13 @@ def _told(progress: Progress) -> Callable[[str, int, int], None]:
 
 
 def _finish(
-    bench: Bench, profiled: Profile, result: Result, budget: Budget, folder: Path | None, title: str
+    evaluate: Evaluator, profiled: Profile, result: Result, budget: Budget, folder: Path | None, title: str
 ) -> Optimized:
     """Export the chosen plan, verify it, measure it against float once more, and report."""
+    bench = evaluate.bench
     task, target, progress = bench.task, bench.target, bench.progress
     progress.start("exporting, verifying and measuring the chosen plan", 4)
-    plan = adapt(bench, result.plan)
+    plan = evaluate.adapted(result.plan)
     net = bench.simulate(plan)
     place = folder or Path(tempfile.mkdtemp(prefix="bitsmith-"))
     artifact = target.export(net, place / f"model{suffix(target)}", bench.example, bench.batch)

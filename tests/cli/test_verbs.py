@@ -202,8 +202,10 @@ def test_optimize_hands_over_what_was_asked(files: Path, run: Run, monkeypatch: 
     assert (given["minimize"], given["batch"], given["seed"], given["title"]) == ("ms", 4, 7, "T")
     assert (given["folder"], given["store"]) == (Path("out"), Path("out/runs.db"))
     assert given["target"].threads == 1
-    run("optimize", *NET, *ON, "--drop", 0.01, "-o", "out")
+    assert given["prepare"] == ()
+    run("optimize", *NET, *ON, "--drop", 0.01, "--prepare", "-o", "out")
     assert (given["techniques"], given["minimize"], given["title"]) == (None, None, "net.py:build")
+    assert given["prepare"] == bs.default_steps(Int(8, 8))
 
 
 def test_optimize_writes_plan_file_and_report(files: Path, run: Run) -> None:

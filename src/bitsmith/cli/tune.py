@@ -60,6 +60,9 @@ def add(commands: Any) -> None:
     arguments.add_batch(optimize)
     arguments.add_seed(optimize)
     _add_store(optimize)
+    optimize.add_argument(
+        "--prepare", action="store_true", help="prepare every whole plan as quantize does: slower, more accurate"
+    )
     optimize.add_argument("--title", default="", help="of the report")
     arguments.add_out(optimize, "folder for plan.json, the exported file, report.html and report.json")
     optimize.set_defaults(run=run_optimize)
@@ -245,6 +248,7 @@ def run_optimize(options: Namespace) -> int:
                 budget,
                 minimize=options.minimize,
                 techniques=techniques,
+                prepare=bs.default_steps(next(iter(techniques or ()), bs.Int())) if options.prepare else (),
                 store=options.store,
                 batch=options.batch,
                 seed=options.seed,
