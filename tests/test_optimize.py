@@ -138,6 +138,7 @@ def test_whole_plans_are_measured_and_returned_with_their_steps(tmp_path: Path) 
     assert point.evaluation.plan == found.plan == evaluate.adapted(point.plan)
     assert point.evaluation.metric == bench.score(found.plan).mean
     assert evaluate.adapted(bs.Plan()) == bs.Plan()  # nothing to prepare
+    assert evaluate.adapted(found.plan) == found.plan
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 

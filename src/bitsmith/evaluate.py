@@ -46,9 +46,9 @@ class Evaluator:
         self.bench, self.prepare = bench, tuple(prepare)
 
     def adapted(self, plan: Plan) -> Plan:
-        """The plan as it is measured: in the target's form, with the steps."""
+        """The plan as it is measured: in the target's form, with the steps unless it brings its own."""
         found = adapt(self.bench, plan)
-        return found.replace(prepare=(*self.prepare, *found.prepare)) if found.sites else found
+        return found.replace(prepare=self.prepare) if found.sites and not found.prepare else found
 
     def __call__(self, plan: Plan) -> Evaluation:
         bench = self.bench
