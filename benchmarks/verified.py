@@ -15,12 +15,10 @@ from torch import Tensor, nn
 import bitsmith as bs
 from bitsmith.data import call, items
 from bitsmith.numerics.quantizer import Quantizer
+from bitsmith.verify import MARGIN_DB
 
 from .harness import Benchmark, table
 from .runtimes import Array, sqnr
-
-LEAST_DB = 3.0
-"""The run is at least this much nearer to the simulation than float is."""
 
 ROUNDING = 2.0**-24
 """Greatest relative error of one rounding to float32."""
@@ -92,7 +90,7 @@ def judge_checks(bench: Benchmark, part: str, title: str, proofs: Sequence[Proof
         decibels = [f"{db:.1f}" for db in (check.whole_db, control, check.float_db)]
         rows.append((what, *decibels, *classes, f"{check.worst_agree:.4f}", read_back))
         bench.row(part, name=what, check=check.to_json(), one_rounding_apart_db=control, sites_asked=asked)
-        bench.judge(f"{part}: {what}, run to simulation over simulation to float", margin, LEAST_DB, " dB", True)
+        bench.judge(f"{part}: {what}, run to simulation over simulation to float", margin, MARGIN_DB, " dB", True)
         if check.same_class is not None and check.float_same_class is not None:
             behind = 100 * (check.float_same_class - check.same_class)
             bench.judge(f"{part}: {what}, classes: run as simulation behind simulation as float", behind, 0, " points")

@@ -147,9 +147,14 @@ def test_the_verdict_says_what_failed() -> None:
     assert dataclasses.replace(fine, sites=sites).verdict.endswith("do not compute what is simulated, first b")
     assert "more often" in dataclasses.replace(fine, same_class=0.97).verdict
     low = dataclasses.replace(fine, whole_db=39.0)
-    assert "every site computes" in low.verdict
-    assert "39.0 dB, 40 asked" in low.verdict
+    assert low.verdict.startswith(
+        "not within the tolerance (39.0 dB, 40 asked for; simulation to float 30.0): every site"
+    )
     assert low.to_json()["verdict"] == low.verdict
+    for whole in (32.9, float("nan")):
+        assert dataclasses.replace(fine, whole_db=whole).verdict.startswith(
+            f"FAILED: run against simulation {whole:.1f}"
+        )
 
 
 def test_the_tolerance_can_be_given(shipped: Shipped) -> None:

@@ -51,7 +51,8 @@ def summary(report: Report, console: Console | None = None) -> None:
     if "passed" in report.verify:
         passed = bool(report.verify["passed"])
         verdict = report.verify.get("verdict", "passed" if passed else "FAILED")
-        console.print(Text(f"simulated against run: {verdict}", style="green" if passed else "bold red"))
+        style = "green" if passed else "bold red" if verdict.startswith("FAILED") else "yellow"
+        console.print(Text(f"simulated against run: {verdict}", style=style))
     worst = text.worst(report.sites)
     if worst:
         changed = sum(bool(row.why) for row in report.sites)
