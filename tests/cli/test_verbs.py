@@ -203,6 +203,8 @@ def test_optimize_hands_over_what_was_asked(files: Path, run: Run, monkeypatch: 
     assert (given["folder"], given["store"]) == (Path("out"), Path("out/runs.db"))
     assert given["target"].threads == 1
     assert given["prepare"] == ()
+    run("optimize", *NET, *ON, "--drop", 0.01, "--prepare", "-o", "out", "--techniques", "Float()", "Int(4, 8)")
+    assert given["prepare"] == bs.default_steps(Int(4, 8))
     run("optimize", *NET, *ON, "--drop", 0.01, "--prepare", "-o", "out")
     assert (given["techniques"], given["minimize"], given["title"]) == (None, None, "net.py:build")
     assert given["prepare"] == bs.default_steps(Int(8, 8))

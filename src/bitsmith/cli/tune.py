@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from . import arguments, show
 if TYPE_CHECKING:
     from ..profile import Profile
     from ..search.base import Point, Result
+    from ..technique import Step, Technique
 
 
 def add(commands: Any) -> None:
@@ -226,6 +228,14 @@ def _changed(point: Point) -> int:
     return sum(technique != Float() for technique in point.plan.sites.values())
 
 
+def _steps(techniques: Sequence[Technique] | None) -> tuple[Step, ...]:
+    """What ``quantize`` would prepare the first integer technique with."""
+    import bitsmith as bs
+
+    given = (technique for technique in techniques or () if isinstance(technique, bs.Int))
+    return bs.default_steps(next(given, bs.Int(8, 8)))
+
+
 def run_optimize(options: Namespace) -> int:
     import bitsmith as bs
 
@@ -248,7 +258,7 @@ def run_optimize(options: Namespace) -> int:
                 budget,
                 minimize=options.minimize,
                 techniques=techniques,
-                prepare=bs.default_steps(next(iter(techniques or ()), bs.Int())) if options.prepare else (),
+                prepare=_steps(techniques) if options.prepare else (),
                 store=options.store,
                 batch=options.batch,
                 seed=options.seed,
