@@ -163,6 +163,10 @@ def test_the_tolerance_can_be_given(shipped: Shipped) -> None:
     ]
     assert [check.passed for check in found] == [True, False]
     assert [check.tolerance_db for check in found] == [10.0, 1000.0]
+    # less asked of the whole network is not less asked of a site
+    site = SiteCheck("a", "Int", "int8", gap_db=39.0)
+    assert [row.site for row in dataclasses.replace(found[0], sites=(site,)).failing] == ["a"]
+    assert found[1].failing == ()
 
 
 def test_fewer_samples_than_one_batch_of_the_file(shipped: Shipped) -> None:

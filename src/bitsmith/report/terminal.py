@@ -50,7 +50,7 @@ def summary(report: Report, console: Console | None = None) -> None:
             console.print(Text.assemble((f"{name}: ", "dim"), line))
     if "passed" in report.verify:
         passed = bool(report.verify["passed"])
-        verdict = report.verify.get("verdict", "passed" if passed else "FAILED")
+        verdict = str(report.verify.get("verdict", "passed" if passed else "FAILED"))
         style = "green" if passed else "bold red" if verdict.startswith("FAILED") else "yellow"
         console.print(Text(f"simulated against run: {verdict}", style=style))
     worst = text.worst(report.sites)
