@@ -44,7 +44,8 @@ def problem(seed: int, out: int = 6, width: int = 10, rows: int = 64, relu: bool
     # no weight lies on a level exactly, where float32 and float64 round another way
     scale = 1.01 * weight.abs().amax(2, keepdim=True) / (2 ** (bits - 1) - 1)
     limits = (0.0, float("inf")) if relu else None
-    matrix = Matrix(layer, weight, scale, bias, limits, Format(bits, signed=True, symmetric=True))
+    fmt = Format(bits, signed=True, symmetric=True)
+    matrix = Matrix(layer, weight, scale, torch.zeros_like(scale), bias, limits, fmt)
     return Problem(matrix, x, torch.baddbmm(bias[:, None], original, weight.mT))
 
 
@@ -120,9 +121,7 @@ def test_nearest_is_kept_where_it_is_exact() -> None:
     task = problem(2)
     integers = torch.randint(-3, 4, task.matrix.weight.shape).float()
     integers[..., 0] = 3.0
-    exact = Matrix(
-        task.matrix.layer, integers * 0.25, torch.full((1, 6, 1), 0.25), task.matrix.bias, None, task.matrix.format
-    )
+    exact = dataclasses.replace(task.matrix, weight=integers * 0.25, scale=torch.full((1, 6, 1), 0.25), limits=None)
     target = torch.baddbmm(exact.bias[:, None], task.x, exact.weight.mT)
     assert torch.equal(SHORT._solve(Problem(exact, task.x, target))[0], integers)
 

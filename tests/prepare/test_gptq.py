@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,11 @@ def problem(
     weight = torch.randn(1, out, width, generator=generator)
     layer = layers(network(nn.Linear(width, out), x[0]).record)[":linear"]
     scale = weight.reshape(1, out, parts, -1).abs().amax(3) / (2 ** (bits - 1) - 1)
-    if not affine:
-        matrix = Matrix(layer, weight, scale, torch.zeros(1, out), None, Format(bits, signed=True, symmetric=True))
-        return Problem(matrix, x, EMPTY)
-    weight += 0.7  # zero points far from the middle
-    scale, zero = (torch.from_numpy(values)[None].float() for values in grid(weight[0].numpy(), parts, bits))
-    matrix = Matrix(layer, weight, scale, torch.zeros(1, out), None, Format(bits), zero=zero)
-    return Problem(matrix, x, EMPTY)
+    zero, fmt = torch.zeros_like(scale), Format(bits, signed=True, symmetric=True)
+    if affine:
+        weight, fmt = weight + 0.7, Format(bits)  # zero points far from the middle
+        scale, zero = (torch.from_numpy(values)[None].float() for values in grid(weight[0].numpy(), parts, bits))
+    return Problem(Matrix(layer, weight, scale, zero, torch.zeros(1, out), None, fmt), x, EMPTY)
 
 
 def grid(weight: Array, parts: int, bits: int) -> tuple[Array, Array]:
@@ -59,12 +58,12 @@ def grid(weight: Array, parts: int, bits: int) -> tuple[Array, Array]:
 
 def brain(
     task: Problem, damp: float, order: NDArray[np.int64] | None = None, late: bool = False
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array, Array]:
     """Arbitrary-order optimal brain quantization (arXiv:2210.17323, eq. 2 and 3): after each weight its row and column
     leave the inverse Hessian by Gaussian elimination. No Cholesky factor, no blocks."""
     x, weight = task.x[0].double().numpy(), task.matrix.weight[0].double().numpy().copy()
     scale = task.matrix.scale[0].double().numpy().copy()
-    zero = task.matrix.zero.expand_as(task.matrix.scale)[0].double().numpy().copy()
+    zero = task.matrix.zero[0].double().numpy().copy()
     fmt = task.matrix.format
     width = weight.shape[1]
     part = width // scale.shape[1]
@@ -85,7 +84,7 @@ def brain(
         error = (weight[:, k] - integers[:, k] * size) / inverse[k, k]
         weight -= np.outer(error, inverse[k])
         inverse -= np.outer(inverse[:, k], inverse[k]) / inverse[k, k]
-    return integers, scale
+    return integers, scale, zero
 
 
 def loss(task: Problem, integers: Tensor, scale: Tensor) -> float:
@@ -94,13 +93,13 @@ def loss(task: Problem, integers: Tensor, scale: Tensor) -> float:
     return float((task.x[0].double() @ off[0].T).square().sum())
 
 
-def assert_same(got: tuple[Tensor, ...], want: tuple[Array, Array]) -> None:
-    """The same integers. Where float32 lets one tie fall the other way, what follows in that row differs: at most one
-    row in twenty."""
-    integers, scale = got[:2]
-    rows = (integers[0].numpy() != want[0]).any(1)
+def assert_same(got: Rounded, want: tuple[Array, Array, Array]) -> None:
+    """The same integers and grids. Where float32 lets one tie fall the other way, what follows in that row differs: at
+    most one row in twenty."""
+    rows = (got.integers[0].numpy() != want[0]).any(1)
     assert rows.mean() <= 0.05
-    np.testing.assert_allclose(scale[0].numpy()[~rows], want[1][~rows], rtol=1e-4)
+    np.testing.assert_allclose(got.scale[0].numpy()[~rows], want[1][~rows], rtol=1e-4)
+    np.testing.assert_array_equal(got.zero[0].numpy()[~rows], want[2][~rows])
 
 
 @settings(max_examples=15, deadline=None)
@@ -129,23 +128,22 @@ def test_groups_get_their_scales_when_they_are_reached(affine: bool) -> None:
         assert got.zero.any() == affine
 
 
+@pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("parts", [1, 4])
-def test_act_order_takes_the_strongest_inputs_first_and_keeps_the_scales(parts: int) -> None:
-    task = problem(4, 20, 32, parts=parts)
+def test_act_order_takes_the_strongest_inputs_first_and_keeps_the_scales(parts: int, affine: bool) -> None:
+    task = problem(4, 20, 32, parts=parts, affine=affine)
     strength = task.x[0].double().square().sum(0).numpy()
     got = Gptq(act_order=True, block=10)._solve(task)
     assert_same(got, brain(task, Gptq().damp, np.argsort(-strength, kind="stable")))
     assert torch.equal(got[1], task.matrix.scale)
 
 
-def test_fixed_scales_are_kept() -> None:
-    task = problem(5, 20, 32, parts=4)
-    matrix = task.matrix
-    fixed = Matrix(
-        matrix.layer, matrix.weight, matrix.scale, matrix.bias, None, matrix.format, matrix.range, fixed=True
-    )
-    got = Gptq()._solve(Problem(fixed, task.x, EMPTY))
-    assert torch.equal(got[1], matrix.scale)
+@pytest.mark.parametrize("affine", [False, True])
+def test_fixed_scales_are_kept(affine: bool) -> None:
+    task = problem(5, 20, 32, parts=4, affine=affine)
+    got = Gptq()._solve(dataclasses.replace(task, matrix=dataclasses.replace(task.matrix, fixed=True)))
+    assert torch.equal(got.scale, task.matrix.scale)
+    assert torch.equal(got.zero, task.matrix.zero)
     assert_same(got, brain(task, Gptq().damp))
 
 

@@ -30,21 +30,21 @@ LANES = 64
 class Matrix:
     """A layer as a matrix product ``y = x weight' + bias`` for each group of its channels.
 
-    ``weight``: (groups, out, in), the normalisation behind it folded in. ``scale``: (groups, out, n), n = 1 or one for
-    each of n equal parts of a row. ``bias``: (groups, out). ``limits``: what the activation behind it clamps to, or
+    ``weight``: (groups, out, in), the normalisation behind it folded in. ``scale``, and ``zero``, the zero points as
+    floats: (groups, out, n), n = 1 or one for each of n equal parts of a row; integers are counted from the zero points
+    throughout. ``bias``: (groups, out). ``limits``: what the activation behind it clamps to, or
     None. ``format``: of the integers. ``range``: how the technique chooses scales; ``fixed``: an earlier step has.
-    ``zero``: zero points as floats, shaped as the scales or (1, 1, 1). Integers are counted from them throughout.
     """
 
     layer: Layer
     weight: Tensor
     scale: Tensor
+    zero: Tensor
     bias: Tensor
     limits: tuple[float, float] | None
     format: Format
     range: Range = Range()  # noqa: RUF009  (frozen)
     fixed: bool = False
-    zero: Tensor = torch.zeros(1, 1, 1)  # noqa: RUF009  (never changed)
 
     @property
     def step(self) -> Tensor:
@@ -199,12 +199,12 @@ def _matrix(net: Network, layer: Layer, cell: Cell, fmt: Format, range: Range) -
         layer,
         weight.reshape(shape),
         by_row(cell.get_buffer("weight_scale")),
+        by_row(cell.get_buffer("weight_zero_point")),
         bias.reshape(shape[:2]),
         _limits(net, layer.site),
         fmt,
         range,
         (name, layer.slot) in record.grids,
-        by_row(cell.get_buffer("weight_zero_point")),
     )
 
 
@@ -241,7 +241,7 @@ def _write(net: Network, simulated: nn.Module, matrix: Matrix, rounded: Rounded)
     with torch.no_grad():
         parameter.copy_(weight)
         tensor_at(simulated, layer.key).copy_(parameter)
-        for kept, values in zip(grid, (scale, zero.expand_as(scale)), strict=True):
+        for kept, values in zip(grid, (scale, zero), strict=True):
             kept.copy_(values.reshape(kept.shape) if kept.dim() else values.flatten()[0])
     return grid[0].clone(), grid[1].clone()
 

@@ -71,7 +71,7 @@ class Gptq(Step):
         part = width // matrix.scale.shape[-1]
         free = matrix.weight.clone()
         scale = matrix.scale.clone()
-        zero = matrix.zero.expand_as(scale).clone()
+        zero = matrix.zero.clone()
         step, origin = (spread(values, width).expand_as(free) for values in (scale, zero))
         if order is not None:
             along = order[:, None].expand_as(free)
