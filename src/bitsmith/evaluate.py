@@ -46,8 +46,10 @@ class Evaluator:
         self.bench, self.prepare = bench, tuple(prepare)
 
     def adapted(self, plan: Plan) -> Plan:
-        """The plan as it is measured: in the target's form, with the steps unless it brings its own."""
-        found = adapt(self.bench, plan)
+        """The plan as it is measured: in the target's form, without the sites that are computed as they were, with the
+        steps unless it brings its own."""
+        changed = Plan({name: t for name, t in plan.sites.items() if t != Float()}, plan.prepare, plan.groups)
+        found = self.bench.target.adapt(changed, self.bench.net.record)
         return found.replace(prepare=self.prepare) if found.sites and not found.prepare else found
 
     def __call__(self, plan: Plan) -> Evaluation:
@@ -71,9 +73,3 @@ class Evaluator:
             float_ms=plain.ms,
             source=bench.target.source,
         )
-
-
-def adapt(bench: Bench, plan: Plan) -> Plan:
-    """The plan in the target's form, without the sites that are computed as they were."""
-    changed = Plan({name: t for name, t in plan.sites.items() if t != Float()}, plan.prepare, plan.groups)
-    return bench.target.adapt(changed, bench.net.record)

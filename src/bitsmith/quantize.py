@@ -109,6 +109,8 @@ def default_steps(technique: Technique, kinds: Collection[str] = ("conv2d", "lin
     ['EqualiseDepthwise', 'AdaRound', 'CorrectBias']
     >>> [type(step).__name__ for step in default_steps(Int(4, 8), ["linear"])]
     ['EqualiseDepthwise', 'Gptq', 'CorrectBias']
+    >>> default_steps(Int(4, 8, affine_weights=True)) == default_steps(Int(4, 8))
+    True
     """
     if not isinstance(technique, Int) or technique.a is None:
         return ()

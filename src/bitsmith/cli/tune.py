@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 from . import arguments, show
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from ..profile import Profile
     from ..search.base import Point, Result
+    from ..task import Task
     from ..technique import Step, Technique
 
 
@@ -228,12 +231,15 @@ def _changed(point: Point) -> int:
     return sum(technique != Float() for technique in point.plan.sites.values())
 
 
-def _steps(techniques: Sequence[Technique] | None) -> tuple[Step, ...]:
+def _steps(model: nn.Module, task: Task, techniques: Sequence[Technique] | None) -> tuple[Step, ...]:
     """What ``quantize`` would prepare the first integer technique with."""
     import bitsmith as bs
 
+    from ..data import first_inputs
+
     given = (technique for technique in techniques or () if isinstance(technique, bs.Int))
-    return bs.default_steps(next(given, bs.Int(8, 8)))
+    found = bs.sites(model, first_inputs(task.calibration), forward=task.forward).values()
+    return bs.default_steps(next(given, bs.Int(8, 8)), {site.kind for site in found if site.weight is not None})
 
 
 def run_optimize(options: Namespace) -> int:
@@ -258,7 +264,7 @@ def run_optimize(options: Namespace) -> int:
                 budget,
                 minimize=options.minimize,
                 techniques=techniques,
-                prepare=_steps(techniques) if options.prepare else (),
+                prepare=_steps(model, task, techniques) if options.prepare else (),
                 store=options.store,
                 batch=options.batch,
                 seed=options.seed,
