@@ -36,8 +36,8 @@ class AdaRound(Step):
     ``reg`` has no unit (in the paper it has that of the output). A layer in which nearest was better keeps it.
 
     ``asymmetric=False`` holds a layer against what its float weights make of the inputs that it gets now (eq. 21), not
-    against the float network: it then leaves the errors of the layers before alone. Convolutional networks need them
-    taken back; in a transformer they come mostly from activations and pass by a layer in the residual sum.
+    against the float network: it then leaves the errors of the layers before alone. Better on a transformer, worse on
+    convolutional networks (docs/post_training.md).
 
     ``method="descent"`` is not the paper's: it solves eq. 20 without the activation by coordinate descent over all
     integers, from nearest, on the Gram matrix of the inputs (as QuantEase, Behdin et al. 2023, arXiv:2309.01885, there

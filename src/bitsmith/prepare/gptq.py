@@ -28,10 +28,10 @@ class Gptq(Step):
     get their scales and zero points when the first of their columns is reached, from weights that hold the errors so
     far; with ``act_order``, and where an earlier step has fixed them, they keep those that the technique chose.
 
-    ``damp`` is ten times the paper's, which was chosen for 256 thousand tokens and fits some thousands too closely
-    (docs/post_training.md). At most ``samples`` samples and ``rows`` of their output positions (a convolution's
-    patches, a token's features) make up X. Inputs that were always 0 are rounded to nearest (the paper's code drops
-    their weights).
+    ``damp`` is ten times the paper's: measured on a transformer with some thousand tokens; with convolutional networks
+    the paper's 0.01 was better (docs/post_training.md). At most ``samples`` samples and ``rows`` of their output
+    positions (a convolution's patches, a token's features) make up X. Inputs that were always 0 are rounded to nearest
+    (the paper's code drops their weights).
 
     For sites of integer weights, convolutions and linear layers, that are called once and share their weight
     with nobody; others (embeddings, recurrent loops, tied weights) are left alone.
