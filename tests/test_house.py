@@ -19,14 +19,14 @@ ROOT = Path(bitsmith.__file__).parent
 # docs/architecture.md repeats this list.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("_files", "_hash", "progress", "operations", "site"),
-    ("technique", "data", "metrics", "compare"),
-    ("plan", "task", "store", "numerics"),
+    ("technique", "data", "metrics", "compare", "sequential"),
+    ("plan", "task", "store", "numerics", "sampling"),
     ("model",),
     ("prepare",),
     ("sensitivity", "export", "techniques"),
     ("targets",),
-    ("bench", "deploy", "quantize"),
-    ("costs", "profile", "verify"),
+    ("bench", "deploy", "quantize", "runner"),
+    ("costs", "scoring", "profile", "verify", "gradual"),
     ("search", "evaluate", "report", "learn", "searches"),
     ("optimize", "_conformance", "testing", "zoo"),
     ("__init__",),

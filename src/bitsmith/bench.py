@@ -161,7 +161,16 @@ class Bench:
         """The metric of an adapted plan, or of the float model (None, or a plan that changes nothing)."""
         if plan is not None and not plan.sites and not plan.prepare:
             plan = None
-        key = {
+        found = self.store.get_or(
+            "accuracy",
+            self.score_key(plan, split),
+            lambda: score(self.model if plan is None else self.simulate(plan), self.task, split).to_json(),
+        )
+        return Score.from_json(found)
+
+    def score_key(self, plan: Plan | None, split: Split) -> dict[str, Any]:
+        """What a score depends on."""
+        return {
             **self.model_key,
             "plan": None if plan is None else self.plan_key(plan),
             "calibration": self.calibration_key,
@@ -170,12 +179,6 @@ class Bench:
             "draws": self.task.draws,
             "seed": self.seed,
         }
-        found = self.store.get_or(
-            "accuracy",
-            key,
-            lambda: score(self.model if plan is None else self.simulate(plan), self.task, split).to_json(),
-        )
-        return Score.from_json(found)
 
     # -- the runtime ---------------------------------------------------------------------------------------------
 

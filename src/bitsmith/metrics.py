@@ -23,7 +23,9 @@ class MetricError(ValueError):
 @dataclass(frozen=True)
 class Metric:
     """A named metric. ``function(output, target)`` gives one score per sample, shape [n]; higher is better unless
-    ``lower``. Calling it checks the scores and returns them as float32, detached; raises :class:`MetricError`.
+    ``lower``. ``bounds``: the least and the greatest score there can be, where there are such: an evaluation can then
+    stop before its end. Calling it checks the scores and returns them as float32, detached; raises
+    :class:`MetricError`.
 
     >>> close = Metric("close", lambda output, target: (output - target).abs().flatten(1).amax(1) < 0.1)
     >>> close(torch.zeros(2, 3), torch.tensor([[0.0, 0, 0], [0, 1, 0]]))
@@ -33,6 +35,11 @@ class Metric:
     name: str
     function: PerSample
     lower: bool = False
+    bounds: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.bounds is not None and not self.bounds[0] < self.bounds[1]:
+            raise MetricError(f"metric {self.name!r}: bounds={self.bounds} must be (least, greatest) score")
 
     def __call__(self, output: Any, target: Any) -> Tensor:
         scores = self.function(output, target)
@@ -53,6 +60,13 @@ class Metric:
         if not bool(torch.isfinite(scores).all()):
             bad = int((~torch.isfinite(scores)).sum())
             raise MetricError(f"metric {self.name!r} gave {bad} of {len(scores)} scores that are NaN or infinite")
+        if self.bounds is not None and len(scores):
+            low, high = float(scores.min()), float(scores.max())
+            if low < self.bounds[0] or high > self.bounds[1]:
+                raise MetricError(
+                    f"metric {self.name!r} gave scores from {low:.6g} to {high:.6g}, outside its bounds={self.bounds}: "
+                    "mend the bounds, or leave them out"
+                )
         return scores
 
 
@@ -160,11 +174,11 @@ def _squared_error(output: Any, target: Any) -> Tensor:
     return difference.square().reshape(len(difference), -1).mean(1)
 
 
-top1 = Metric("top1", _top1)
+top1 = Metric("top1", _top1, bounds=(0.0, 1.0))
 """1 if the largest logit is the target's class (the first of equal ones), else 0. Output [n, classes], target int64
 [n]; with further axes (segmentation [n, classes, h, w], tokens [n, t, classes]) the fraction of its positions."""
 
-top5 = Metric("top5", _top5)
+top5 = Metric("top5", _top5, bounds=(0.0, 1.0))
 """1 if the target's class is among the five largest logits, else 0. Shapes as in :data:`top1`."""
 
 squared_error = Metric("squared_error", _squared_error, lower=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,10 +18,10 @@ from ._files import atomic_write
 from .bench import Bench
 from .costs import FLOAT, Costs, Option
 from .data import batch_size, first_inputs
-from .metrics import source_digest
 from .plan import Plan, PlanError, decode, encode, known_classes
 from .progress import Progress
-from .sensitivity.base import Sensitivity
+from .scoring import scored
+from .sensitivity.base import Sensitivity, Spent, name_of
 from .sensitivity.one_at_a_time import output_error
 from .site import Edge, Site, UnknownSiteError
 from .store import Store
@@ -30,7 +31,7 @@ from .task import Task
 from .technique import No, Technique
 from .techniques.float_ import Float
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ class Profile:
     """Site rows, edge rows, and what is common to all plans.
 
     ``fixed_ms``: time that no decision changes. ``fixed_bytes``: the file without the decided weights.
-    ``source``: of the times. ``groups``: sites that share one decision.
+    ``source``: of the times. ``groups``: sites that share one decision. ``cross``: (i, j, loss), what the rows i and j
+    lose together beyond the sum of both. ``spent``: what the sensitivity cost.
     """
 
     rows: tuple[Row, ...]
@@ -83,6 +85,18 @@ class Profile:
     target: str = ""
     groups: tuple[tuple[str, ...], ...] = ()
     notes: Mapping[str, str] = field(default_factory=dict)
+    cross: tuple[tuple[int, int, float], ...] = ()
+    spent: Spent = field(default_factory=Spent)
+
+    @functools.cached_property
+    def interactions(self) -> dict[tuple[str, Technique], dict[tuple[str, Technique], float]]:
+        """``cross`` by (site, technique), both ways."""
+        table: dict[tuple[str, Technique], dict[tuple[str, Technique], float]] = {}
+        for i, j, loss in self.cross:
+            one, other = ((self.rows[k].site, self.rows[k].technique) for k in (i, j))
+            table.setdefault(one, {})[other] = loss
+            table.setdefault(other, {})[one] = loss
+        return table
 
     def options(self) -> dict[str, list[Row]]:
         """The rows that may be chosen, by site, in order."""
@@ -111,8 +125,14 @@ class Profile:
         return {
             "ms": ms,
             "bytes": self.fixed_bytes + sum(row.bytes for row in rows),
-            "loss": sum(row.loss for row in rows),
+            "loss": sum(row.loss for row in rows) + self._together(rows),
         }
+
+    def _together(self, rows: Sequence[Row]) -> float:
+        """What the rows lose beyond the sum of their losses."""
+        table = self.interactions
+        chosen = [(row.site, row.technique) for row in rows if (row.site, row.technique) in table]
+        return sum(table[one].get(other, 0.0) for k, one in enumerate(chosen) for other in chosen[:k])
 
     def paid(self, by_site: Mapping[str, Row]) -> Iterable[EdgeRow]:
         """The edge rows whose formats are those of the chosen rows."""
@@ -139,9 +159,9 @@ class Profile:
             raise PlanError(
                 'this is not a Bitsmith profile: a JSON object with "kind": "bitsmith.profile" was expected'
             )
-        if data.get("schema") != SCHEMA:
+        if data.get("schema") not in (1, SCHEMA):
             raise PlanError(
-                f"profile schema {data.get('schema')!r} is unknown to this version, which reads {SCHEMA}; "
+                f"profile schema {data.get('schema')!r} is unknown to this version, which reads 1 and {SCHEMA}; "
                 "a newer Bitsmith wrote it: pip install -U bitsmith"
             )
         classes = known_classes(techniques)
@@ -157,8 +177,12 @@ class Profile:
                 edges=tuple(EdgeRow(**edge) for edge in data["edges"]),
                 flow=tuple(Edge(**edge) for edge in data["flow"]),
                 groups=tuple(map(tuple, data["groups"])),
+                cross=tuple((int(i), int(j), float(loss)) for i, j, loss in data.get("cross", ())),  # none in schema 1
+                spent=Spent(**data.get("spent", {})),
                 **rest,
             )
+            if any(not 0 <= k < len(rows) for i, j, _ in found.cross for k in (i, j)):
+                raise ValueError("cross names a row that is not there")
             numbers = [found.fixed_ms, found.fixed_bytes, *(edge.ms for edge in found.edges)]
             numbers += [value for row in found.rows for value in (row.loss, row.ms, row.bytes)]
             strange = next((value for value in numbers if not isinstance(value, (int, float))), None)
@@ -231,7 +255,8 @@ def measure(
             "no technique was given" if sites else f"no site of {', '.join(patterns)} computes with numbers"
         )
         raise ValueError(f"not one site can change on {bench.target.name}: {reasons}")
-    losses = _losses(bench, options, sensitivity)
+    scores = scored(bench, options, sensitivity)
+    losses = scores.losses
     flow = tuple(record.edges())
     table = _costs(bench, options, flow)
     base = bench.artifact(Plan())
@@ -262,7 +287,15 @@ def measure(
         "fit error": f"{table.fit_error:.3f}",
         "float, sum of sites": f"{table.sum_float_ms:.4f} ms",
         "float, whole": f"{table.whole_float_ms:.4f} ms",
+        "sensitivity": str(scores.spent),
+        **scores.notes,
     }
+    if scores.skipped:
+        reasons = "; ".join(dict.fromkeys(scores.skipped.values()))
+        named = ", ".join(dict.fromkeys(site for site, _ in scores.skipped))
+        notes["not scored"] = f"{len(scores.skipped)}, counted as the worst that was: {named} ({reasons})"
+    index = {(row.site, row.technique): k for k, row in enumerate(rows)}
+    cross = tuple((index[one], index[other], loss) for (one, other), loss in scores.cross.items())
     return Profile(
         (*rows, *refused),
         edges,
@@ -270,9 +303,11 @@ def measure(
         table.fixed,
         max(base.bytes - sum(weights[site] for site in options), 0.0),
         bench.target.source,
-        sensitivity.__name__.replace("_", " "),
+        name_of(sensitivity),
         bench.target.name,
         notes=notes,
+        cross=cross,
+        spent=scores.spent,
     )
 
 
@@ -312,50 +347,6 @@ def _options(
                 refused.append(Row(name, technique, 0.0, 0.0, technique.bits(site) / 8, refused=reason, reads=reads))
         options[name] = rows
     return options, refused
-
-
-def _losses(
-    bench: Bench, options: Mapping[str, Sequence[Option]], sensitivity: Sensitivity
-) -> dict[tuple[str, Technique], float]:
-    losses: dict[tuple[str, Technique], float] = {}
-    missing: list[tuple[str, Technique]] = []
-    keys: dict[tuple[str, Technique], dict[str, Any]] = {}
-    for site, rows in options.items():
-        for option in rows:
-            pair = site, option.technique
-            if option.technique == Float():
-                losses[pair] = 0.0
-                continue
-            keys[pair] = {
-                **bench.model_key,
-                "data": bench.calibration_key,
-                "plan": bench.plan_key(Plan({site: option.technique})),
-                "sensitivity": source_digest(sensitivity),
-                "loss": source_digest(bench.task.loss) if bench.task.loss is not None else None,
-                "seed": bench.seed,
-            }
-            found = bench.store.get("sensitivity", keys[pair])
-            if found is None:
-                missing.append(pair)
-            else:
-                losses[pair] = float(found)
-    if not missing:
-        return losses
-    bench.progress.start(f"measuring what {len(missing)} of {len(keys)} choices lose", len(missing))
-    sites = bench.net.record.sites
-    bench.ranges(
-        [
-            (operand.tensor, fmt)
-            for site, technique in missing
-            for operand, fmt in zip(sites[site].operands, technique.reads(sites[site]), strict=True)
-            if fmt is not None and not operand.constant
-        ]
-    )
-    for pair, loss in zip(missing, sensitivity(bench.model, bench.task, missing, bench.simulate), strict=True):
-        losses[pair] = float(loss)
-        bench.store.put("sensitivity", keys[pair], float(loss))
-        bench.progress.advance()
-    return losses
 
 
 def _costs(bench: Bench, options: Mapping[str, Sequence[Option]], flow: Sequence[Edge]) -> Costs:

@@ -176,6 +176,21 @@ def score(model: Any, task: Task, split: Split = "validation", progress: Progres
     )
 
 
+def batch_scores(
+    model: Callable[[Any], Any], task: Task, inputs: Any, target: Any, where: str, device: torch.device | None = None
+) -> NDArray[np.float32]:
+    """The metric's scores of one batch, [samples]. ``model(inputs)`` gives the output; ``where`` names the batch."""
+    output = model(inputs)
+    _check_output(output, inputs, where)
+    return task.scored_by(output, to_device(target, device)).cpu().numpy()
+
+
+def score_of(scores: NDArray[np.float32], task: Task, samples: str) -> Score:
+    """The :class:`Score` of per-sample scores that were got one way or another; ``samples``: hash of the targets."""
+    mean, (low, high), metric = float(scores.mean(dtype=np.float64)), interval(scores), task.scored_by
+    return Score(mean, len(scores), low, high, metric.name, metric.lower, samples=samples, scores=scores)
+
+
 def _corpus(model: Any, task: Task, split: Split) -> Score:
     assert task.evaluate is not None
     if split != "validation":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from ..plan import Budget, Plan
 from ..profile import Profile
@@ -22,11 +22,15 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What measuring one whole plan gave.
+    """What measuring one plan gave.
 
     ``metric`` over ``samples``; ``drop`` against the float model (absolute) with its confidence interval. ``ms`` per
     batch with ``ms_spread``; ``float_ms``: the float plan timed interleaved with it. ``bytes`` of the exported file,
     ``mj`` per batch. None: not measured. ``source``: of the times (``measured``, ``simulated`` or ``modelled``).
+
+    ``within``: whether the drop is inside the limit that was asked about, where that was decided before the whole set
+    was seen (``complete`` is False then, and ``samples`` is how many were). ``drop_bound``: what the drop of the
+    population stays below at the level that was asked, after the selection among candidates; None: not known.
     """
 
     plan: Plan
@@ -40,12 +44,38 @@ class Evaluation:
     samples: int = 0
     float_ms: float | None = None
     source: str = "measured"
+    within: bool | None = None
+    complete: bool = True
+    drop_bound: float | None = None
 
 
 class Evaluate(Protocol):
-    """Measures a whole plan. Keeps what it measured itself (the store does), so an interrupted search loses nothing."""
+    """Measures a whole plan. Keeps what it measured itself (the store does), so an interrupted search loses nothing.
+
+    A plain function will do. What :func:`bitsmith.evaluator` gives is a :class:`Staged` one, and costs less.
+    """
 
     def __call__(self, plan: Plan) -> Evaluation: ...
+
+
+@runtime_checkable
+class Staged(Protocol):
+    """An evaluator that can measure a part, so that accuracy is spent only on plans that are worth it."""
+
+    def __call__(self, plan: Plan) -> Evaluation: ...
+
+    def costs(self, plan: Plan) -> Evaluation:
+        """Time, size and energy only; ``drop`` is None."""
+        ...
+
+    def decide(self, plan: Plan, limit: float, patience: float = 1.0) -> Evaluation:
+        """The drop on as many samples as it takes to be certain that it is within ``limit`` or not, or on that share
+        of them (``patience``): ``within`` is then what the samples so far say."""
+        ...
+
+    def bound(self, plan: Plan, candidates: int) -> float | None:
+        """What the population's drop stays below, the plan being chosen among so many that were fixed beforehand."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -91,16 +121,23 @@ class Point:
         return measured if measured == measured else float("inf")  # a NaN meets no limit
 
     def missed(self, budget: Budget) -> dict[str, float]:
-        """By how much each limit is missed. A predicted point has no drop, so it misses no ``drop``."""
-        known = [name for name in budget.limits if name != "drop" or self.evaluation is not None]
-        return budget.missed(**{name: self.value(name) for name in known})
+        """By how much each limit is missed. A point whose drop is not known misses no ``drop``."""
+        got = self.evaluation
+        open_ = got is None or got.drop is None or got.within is True
+        known = [name for name in budget.limits if name != "drop" or not open_]
+        missed = budget.missed(**{name: self.value(name) for name in known})
+        if got is not None and got.within is False and budget.drop is not None:
+            missed.setdefault("drop", 1e-9)  # certain, though the samples so far do not show it
+        return missed
 
 
 @dataclass(frozen=True)
 class Result:
     """What a search found: ``best``, and the whole ``frontier``, least predicted ``minimize`` first.
 
-    ``evaluations``: plans that were measured whole. ``missed``: by how much ``best`` misses each limit, in its unit.
+    ``evaluations``: plans whose drop was measured (of those without one, plans that were measured). ``samples``: how
+    many were scored for it. ``missed``: by how much ``best`` misses each limit, in its unit.
+    ``candidates``: plans that could have been returned, fixed before validation data were read; None: not fixed.
     """
 
     best: Point
@@ -109,6 +146,8 @@ class Result:
     budget: Budget
     evaluations: int = 0
     missed: dict[str, float] = field(default_factory=dict)
+    samples: int = 0
+    candidates: int | None = None
 
     @property
     def plan(self) -> Plan:
@@ -137,6 +176,16 @@ class BudgetError(ValueError):
         )
 
 
+class SearchInterrupted(KeyboardInterrupt):
+    """The search was interrupted. ``best`` is the result so far; run again with the same store to go on."""
+
+    def __init__(self, best: Result) -> None:
+        self.best = best
+        super().__init__(
+            f"interrupted after {best.evaluations} evaluations; the best plan so far is in this error's .best"
+        )
+
+
 class Search(ABC):
     """A way to choose a plan. Subclasses are final frozen dataclasses whose fields are its settings; one file each."""
 
@@ -154,3 +203,8 @@ class Search(ABC):
         With ``evaluate`` the plan was measured whole and meets every limit as measured; without, all is predicted.
         Raises :class:`BudgetError` if no plan does.
         """
+
+
+def excess(point: Point, budget: Budget) -> float:
+    """Sum of relative excesses over the limits."""
+    return sum(over / max(abs(budget.limits[name]), 1e-3) for name, over in point.missed(budget).items())

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from ..plan import Budget, Plan
+from ..plan import Budget
 from ..profile import Profile
-from .base import BudgetError, Evaluate, Point, Progress, Result, Search
+from .base import BudgetError, Evaluate, Point, Progress, Result, Search, excess
+from .ladder import climb
 from .program import Program
+from .trials import Trials, key_of
 
 _TIGHTENINGS = 2
 
@@ -23,11 +24,17 @@ class Exact(Search):
     As in Yao et al. 2021 (HAWQ-V3, arXiv:2011.10680), with costs of edges, and with whole plans measured.
     ``points``: loss limits on the ladder. ``max_evaluations``: plans measured at most, the float plan included.
     ``margin``: a plan predicted worse than the best measured one by more than this fraction is not measured.
+    ``patience``: the share of the evaluation set after which the bisection takes an undecided plan for what it looks
+    like; what is returned was evaluated whole. ``beyond``: faster plans than the bisection's that are tried
+    at the end. ``seconds``: after that nothing new is begun.
     """
 
     points: int = 24
     margin: float = 0.1
     max_evaluations: int = 12
+    patience: float = 0.3
+    beyond: int = 1
+    seconds: float | None = None
 
     def __post_init__(self) -> None:
         if self.points < 2:
@@ -62,93 +69,25 @@ class Exact(Search):
 
         points = frontier(limits)
         if evaluate is None:
-            return _finish(points, min(points, key=lambda p: _rank(p, budget, minimize)), budget, minimize)
+            return _predicted(points, min(points, key=lambda p: _rank(p, budget, minimize)), budget, minimize)
 
         control = program.point(program.control)
-        bench = _Bench(evaluate, self.max_evaluations, budget, minimize, control, progress)
-        bench.measure(control)
-        for _ in range(_TIGHTENINGS):
-            tighter = _tighten(bench, points, limits, resource)
-            if tighter is None:
-                break
-            limits = tighter
-            points = frontier(limits)
-        self._explore(bench, points)
-        every = {_key(point.plan): point for point in (*points, *bench.seen.values())}
-        return _finish([bench.seen.get(key, point) for key, point in every.items()], bench.best(), budget, minimize)
-
-    def _explore(self, bench: _Bench, points: list[Point]) -> None:
-        """Bisect for where the limits begin to hold, then measure that point's neighbours while any could be better."""
-        budget, minimize, last = bench.budget, bench.minimize, len(points) - 1
-        if minimize == "drop":
-            pivot = _bisect(bench, points, fails_first=True) if set(budget.limits) != {"drop"} else 0
-        else:
-            pivot = _bisect(bench, points, fails_first=False) if budget.drop is not None else last
-        for distance in range(len(points) + 1):
-            for index in (pivot + distance, pivot - distance):
-                if not 0 <= index <= last or bench.spent:
-                    continue
-                best = bench.best()
-                ceiling = best.predicted(minimize) + self.margin * abs(best.predicted(minimize))
-                if best.missed(budget) or points[index].predicted(minimize) <= ceiling:
-                    bench.measure(points[index])
-
-
-class _Bench:
-    """Whole plans measured so far, and the best of them. ``seen`` maps a plan's key to its evaluated point."""
-
-    def __init__(
-        self,
-        evaluate: Evaluate,
-        most: int,
-        budget: Budget,
-        minimize: str,
-        control: Point,
-        progress: Progress | None,
-    ) -> None:
-        self.evaluate, self.most, self.budget, self.minimize = evaluate, most, budget, minimize
-        self.control_key = _key(control.plan)
-        self.progress = progress
-        self.seen: dict[tuple[object, ...], Point] = {}
-
-    @property
-    def spent(self) -> bool:
-        return len(self.seen) >= self.most
-
-    def measure(self, point: Point) -> Point:
-        """The point with its evaluation; each plan is measured once."""
-        key = _key(point.plan)
-        if key not in self.seen:
-            if self.progress is not None:
-                self.progress("measuring whole plans", len(self.seen), self.most)
-            evaluation = self.evaluate(point.plan)
-            if evaluation.drop is None and (self.budget.drop is not None or self.minimize == "drop"):
-                raise ValueError(
-                    "evaluate() gave no drop, but the search was asked to keep or minimize it: "
-                    "give the evaluator a task with a metric and validation data"
-                )
-            self.seen[key] = dataclasses.replace(point, evaluation=evaluation)
-        return self.seen[key]
-
-    def best(self) -> Point:
-        """Of those that meet the budget as measured the best as measured, else the one that misses it by least.
-
-        The float plan is the control: a plan measured slower than it is not a gain in time.
-        """
-        found = sorted(self.seen.values(), key=lambda p: (p.loss, p.predicted(self.minimize)))
-        control = self.seen[self.control_key]
-        if self.minimize == "ms" and not control.missed(self.budget):
-            found = [p for p in found if p is control or _speed_ratio(p) <= 1.0]
-        # Times of different moments compare through the float plan, timed interleaved with each.
-        relative = self.minimize == "ms" and all(p is control or _speed_ratio(p) > 0.0 for p in found)
-
-        def rank(point: Point) -> tuple[float, float]:
-            value = point.value(self.minimize)
-            if relative:
-                value = 1.0 if point is control else _speed_ratio(point)
-            return _excess(point, self.budget), value
-
-        return min(found, key=rank)
+        trials = Trials(
+            evaluate, self.max_evaluations, budget, minimize, control, progress, self.patience, self.seconds
+        )
+        candidates = {key_of(control.plan)}
+        with trials.interruptible(None):
+            trials.whole(control)
+            candidates |= {key_of(point.plan) for point in points}
+            for _ in range(_TIGHTENINGS):
+                tighter = _tighten(trials, points, limits, resource)
+                if tighter is None:
+                    break
+                limits = tighter
+                points = frontier(limits)
+                candidates |= {key_of(point.plan) for point in points}
+            climb(trials, points, self.margin, self.beyond)
+        return trials.result(points, len(candidates))
 
 
 def _frontier(
@@ -192,65 +131,31 @@ def _ladder(program: Program, low: float, high: float, points: int) -> list[floa
     return sorted({*map(float, ladder), control}, reverse=True)
 
 
-def _bisect(bench: _Bench, points: list[Point], fails_first: bool) -> int:
-    """The last point whose drop holds; if points of little loss fail a cost limit, the first that holds it."""
-    budget = bench.budget
-
-    def holds(point: Point) -> bool:
-        missed = point.missed(budget)
-        return not set(missed) - {"drop"} if fails_first else "drop" not in missed
-
-    low, high = -1, len(points)
-    while high - low > 1 and not bench.spent:
-        middle = (low + high) // 2
-        if holds(bench.measure(points[middle])) is fails_first:
-            high = middle
-        else:
-            low = middle
-    return high if fails_first else low
-
-
-def _tighten(bench: _Bench, points: list[Point], limits: dict[str, float], resource: str) -> dict[str, float] | None:
+def _tighten(trials: Trials, points: list[Point], limits: dict[str, float], resource: str) -> dict[str, float] | None:
     """Limits on predictions scaled by how far measurements exceed the budget at the best predicted point.
 
     Only where the frontier does not trade that cost itself. None: nothing to tighten.
     """
     others = [name for name in limits if name != resource]
-    if not others or bench.spent:
+    if not others or trials.spent:
         return None
-    end = bench.measure(points[0 if bench.minimize == "drop" else -1])
-    missed = end.missed(bench.budget)
+    end = trials.costs(points[0 if trials.minimize == "drop" else -1])
+    missed = end.missed(trials.budget)
     tighter = {
-        name: min(limits[name], end.predicted(name)) * bench.budget.limits[name] / end.value(name)
+        name: min(limits[name], end.predicted(name)) * trials.budget.limits[name] / end.value(name)
         for name in others
         if name in missed
     }
     return {**limits, **tighter} if tighter else None
 
 
-def _speed_ratio(point: Point) -> float:
-    """Measured time over the float plan's in the same run; 0 where that was not timed: nothing held against it."""
-    got = point.evaluation
-    return got.ms / got.float_ms if got is not None and got.ms is not None and got.float_ms else 0.0
-
-
-def _excess(point: Point, budget: Budget) -> float:
-    """Sum of relative excesses over the limits."""
-    return sum(excess / max(abs(budget.limits[name]), 1e-3) for name, excess in point.missed(budget).items())
-
-
 def _rank(point: Point, budget: Budget, minimize: str) -> tuple[float, float]:
-    return _excess(point, budget), point.predicted(minimize)
+    return excess(point, budget), point.predicted(minimize)
 
 
-def _finish(points: list[Point], best: Point, budget: Budget, minimize: str) -> Result:
-    measured = sum(point.evaluation is not None for point in points)
+def _predicted(points: list[Point], best: Point, budget: Budget, minimize: str) -> Result:
     frontier = tuple(sorted(points, key=lambda p: (p.predicted(minimize), p.loss)))
-    result = Result(best, frontier, minimize, budget, measured, best.missed(budget))
+    result = Result(best, frontier, minimize, budget, 0, best.missed(budget))
     if result.missed:
         raise BudgetError(result)
     return result
-
-
-def _key(plan: Plan) -> tuple[object, ...]:
-    return tuple(sorted(((site, technique) for site, technique in plan.sites.items()), key=lambda item: item[0]))

@@ -1,0 +1,228 @@
+"""Scoring a plan sample by sample, in random order, until it is certain whether its drop is within a limit.
+
+What was scored is kept in the store: a later question about the same plan goes on where the last one ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import sequential
+from .bench import Bench
+from .compare import Score, drop
+from .data import call, device_of
+from .plan import Plan
+from .runner import Runner
+from .sampling import Shuffled, shuffled
+from .task import batch_scores, evaluating, score_of
+
+Scores = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Certainty:
+    """How certain an evaluation has to be. ``level``: of every decision that is made before the whole set was seen, and
+    of the bound on the population's drop. ``population=True``: this bound, not the drop on the set, has to be within
+    the budget. ``early=False``: every evaluation sees the whole set.
+    """
+
+    level: float = 0.95
+    population: bool = False
+    early: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0.5 <= self.level < 1.0:
+            raise ValueError(f"Certainty(level={self.level}): must be a probability of at least 0.5, below 1")
+
+
+@dataclass(frozen=True)
+class Partial:
+    """What is known of a plan. ``scores``: [n], in random order; ``total``: of the set. ``within``: None, not decided;
+    ``certain``: by the statistics and not only by the look of it."""
+
+    scores: Scores
+    total: int
+    within: bool | None
+    certain: bool
+    mean: float
+    interval: tuple[float, float]
+
+    @property
+    def complete(self) -> bool:
+        return len(self.scores) == self.total
+
+
+@dataclass
+class Gradual:
+    """Scores adapted plans of one bench on its validation data. ``runner``: evaluates on the runtime where faster."""
+
+    bench: Bench
+    certainty: Certainty = field(default_factory=Certainty)
+    runner: Runner | None = None
+    _source: Shuffled | None = None
+    _bounds: tuple[float, float] | None = None
+    _reference: Score | None = None
+
+    def __post_init__(self) -> None:
+        task = self.bench.task
+        if task.evaluate is not None or task.draws > 1:
+            return
+        self._source = shuffled(task.validation, self.bench.seed)
+
+    @property
+    def reference(self) -> Score:
+        """The float network's score of the whole set."""
+        if self._reference is None:
+            self._reference = self.bench.score(None)
+            bounds = self.bench.task.scored_by.bounds if self.bench.task.metric is not None else None
+            scores = self._reference.scores
+            if bounds is None and len(scores) and bool(((scores == 0) | (scores == 1)).all()):
+                bounds = (0.0, 1.0)
+            self._bounds = bounds
+        return self._reference
+
+    @property
+    def why_whole(self) -> str:
+        """Why every evaluation sees the whole set; "" if it can stop early."""
+        task = self.bench.task
+        if not self.certainty.early:
+            return "that was asked for"
+        if task.evaluate is not None:
+            return "a metric of the whole corpus has no score per sample"
+        if task.draws > 1:
+            return f"every sample is scored {task.draws} times"
+        if self._source is None:
+            return "the validation loader cannot be read in random order: give a list of equal batches or a DataLoader"
+        if self.reference is not None and self._bounds is None:
+            return f"the metric {task.name!r} has no bounds: give Metric(..., bounds=(least, greatest))"
+        return ""
+
+    def check(self, limit: float, candidates: int) -> str:
+        """What the set can tell of such a limit, "" if enough. Raises ``ValueError`` if the bound that was asked for
+        can never be within it, saying how many samples it would take."""
+        total, bounds = self.reference.n, self._bounds
+        if bounds is None or limit <= 0:
+            return ""
+        width = bounds[1] - bounds[0]
+        if self.certainty.population:
+            needed = sequential.needed(limit, (1 - self.certainty.level) / candidates, -width, width)
+            if needed > total:
+                raise ValueError(
+                    f"{total} samples can never show at {self.certainty.level:.0%} that the population's drop is "
+                    f"within {limit:.4g}, whichever of {candidates} plans is chosen: it takes {needed} of which none "
+                    "gets worse. Give more validation data, a wider budget, or Certainty(population=False)"
+                )
+        if limit * total < width:
+            return (
+                f"one of {total} samples is {width / total:.4f}: a drop within {limit:.4g} means that none gets worse"
+            )
+        return ""
+
+    def decide(self, plan: Plan, limit: float, patience: float = 1.0) -> Partial:
+        """Score as many samples as it takes to be certain, at most that share of the set."""
+        if self.why_whole:
+            return self._partial(self._whole_scores(plan), limit)
+        scores = self._known(plan)
+        found = self._partial(scores, limit)
+        most = max(self._total * patience, len(scores))
+        if found.within is None and len(scores) < most:
+            with self._scorer(plan) as scorer:
+                while found.within is None and len(scores) < most:
+                    scores = self._more(plan, scores, scorer)
+                    found = self._partial(scores, limit)
+        if found.within is None:
+            return self._partial(scores, limit, guess=True)
+        return found
+
+    def whole(self, plan: Plan) -> Score:
+        """The score of the whole set."""
+        if self._source is None or not self.certainty.early:
+            return self.bench.score(plan)
+        scores = self._known(plan)
+        if len(scores) < self._total:
+            with self._scorer(plan) as scorer:
+                while len(scores) < self._total:
+                    scores = self._more(plan, scores, scorer)
+        ordered = np.empty_like(scores)
+        ordered[self._source.order] = scores
+        return score_of(ordered, self.bench.task, self.reference.samples)
+
+    def bound(self, plan: Plan, candidates: int) -> float | None:
+        """What the population's drop stays below, at the level that was asked, the plan being one of so many."""
+        score = self.whole(plan)
+        if self._bounds is None or not len(score.scores):
+            return None
+        width = self._bounds[1] - self._bounds[0]
+        worse = self._worse(score.scores, self.reference.scores)
+        return sequential.upper_bound(worse, -width, width, (1 - self.certainty.level) / candidates)
+
+    @property
+    def _total(self) -> int:
+        assert self._source is not None
+        return self._source.total
+
+    def _worse(self, scores: Scores, reference: Scores) -> NDArray[np.float64]:
+        """By how much each sample is worse than in float."""
+        sign = -1.0 if self.bench.task.lower else 1.0
+        found: NDArray[np.float64] = sign * (reference.astype(np.float64) - scores)
+        return found
+
+    def _partial(self, scores: Scores, limit: float, guess: bool = False) -> Partial:
+        reference = self.reference.scores
+        if self._source is None or self._bounds is None:
+            got = drop(self.reference, score_of(scores, self.bench.task, self.reference.samples))
+            ends = (got.mean, got.mean) if got.low is None or got.high is None else (got.low, got.high)
+            return Partial(scores, len(scores), got.mean <= limit + 1e-12, True, got.mean, ends)
+        reference = reference[self._source.order[: len(scores)]]
+        worse, width = self._worse(scores, reference), self._bounds[1] - self._bounds[0]
+        alpha = 1 - self.certainty.level
+        mean = float(worse.mean()) if len(worse) else 0.0
+        if guess:
+            ends = sequential.interval(worse, self._total, -width, width, alpha)
+            return Partial(scores, self._total, mean <= limit + 1e-12, False, mean, ends)
+        within = sequential.decide(worse, self._total, limit, -width, width, alpha) if len(worse) else None
+        ends = (-width, width) if within is None else sequential.interval(worse, self._total, -width, width, alpha)
+        return Partial(scores, self._total, within, within is not None, mean, ends)
+
+    def _whole_scores(self, plan: Plan) -> Scores:
+        return self.bench.score(plan).scores
+
+    @contextmanager
+    def _scorer(self, plan: Plan) -> Iterator[Callable[[Any], Any]]:
+        """What computes the plan's output for a batch of inputs."""
+        if self.runner is not None:
+            yield self.runner.scorer(plan)
+            return
+        changes = bool(plan.sites or plan.prepare)
+        net = self.bench.simulate(plan) if changes else self.bench.model
+        with evaluating(net):
+            yield lambda inputs: call(net, inputs, self.bench.task.forward)
+
+    def _key(self, plan: Plan, first: int) -> dict[str, Any]:
+        """Of a batch of scores, by the position of its first sample in the random order."""
+        on = "simulation" if self.runner is None else self.runner.key()
+        return {**self.bench.score_key(plan, "validation"), "order": self.bench.seed, "on": on, "first": first}
+
+    def _known(self, plan: Plan) -> Scores:
+        known: list[float] = []
+        while len(known) < self._total:
+            more = self.bench.store.get("scores of samples", self._key(plan, len(known)))
+            if more is None:
+                break
+            known += more
+        return np.asarray(known, np.float32)
+
+    def _more(self, plan: Plan, known: Scores, scorer: Callable[[Any], Any]) -> Scores:
+        """The scores with one batch more, kept in the store."""
+        assert self._source is not None
+        inputs, target = self._source.batch(len(known), self._source.chunk)
+        where = f"validation sample {len(known)} in random order"
+        got = batch_scores(scorer, self.bench.task, inputs, target, where, device_of(self.bench.model))
+        self.bench.store.put("scores of samples", self._key(plan, len(known)), got.tolist())
+        return np.concatenate([known, got])

@@ -1,0 +1,132 @@
+"""What every choice of a profile loses: from the store, or measured by a sensitivity."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from ._hash import hash_json, hash_source
+from .bench import Bench
+from .costs import Option
+from .data import batch_size, items
+from .metrics import source_digest
+from .plan import Plan
+from .sensitivity.base import Meter, Pair, Scores, Sensitivity, Spent
+from .technique import Technique
+from .techniques.float_ import Float
+
+
+def scored(bench: Bench, options: Mapping[str, Sequence[Option]], sensitivity: Sensitivity) -> Scores:
+    """The scores of every choice, from the store or measured; what could not be scored counts as the worst that was."""
+    pairs = [(site, o.technique) for site, rows in options.items() for o in rows if o.technique != Float()]
+    keys = {pair: _score_key(bench, Plan({pair[0]: pair[1]}), sensitivity) for pair in pairs}
+    whole_key = {"pairs": [keys[pair] for pair in pairs]}
+    kept = bench.store.get("scores", whole_key)
+    scores = None if kept is None else _scores_from_json(kept, pairs)
+    if scores is None:
+        known = {pair: bench.store.get("sensitivity", keys[pair]) for pair in pairs}
+        missing = [pair for pair in pairs if known[pair] is None]
+        found: dict[Pair, float] = {pair: float(loss) for pair, loss in known.items() if loss is not None}
+        scores = Scores(found)
+        if missing:
+            scores = _measured(bench, pairs, missing, keys, sensitivity, found)
+            if scores.cross or scores.skipped or scores.spent.passes or scores.notes:
+                bench.store.put("scores", whole_key, _scores_to_json(scores, pairs))
+    worst: dict[Technique, float] = {}
+    for (_, technique), loss in scores.losses.items():
+        worst[technique] = max(loss, worst.get(technique, loss))
+    most = max(worst.values(), default=0.0)
+    losses = {pair: scores.losses.get(pair, worst.get(pair[1], most)) for pair in pairs}
+    losses |= {(site, o.technique): 0.0 for site, rows in options.items() for o in rows if o.technique == Float()}
+    return dataclasses.replace(scores, losses=losses)
+
+
+def _measured(
+    bench: Bench,
+    pairs: Sequence[Pair],
+    missing: Sequence[Pair],
+    keys: Mapping[Pair, Mapping[str, Any]],
+    sensitivity: Sensitivity,
+    known: dict[Pair, float],
+) -> Scores:
+    bench.progress.start(f"measuring what {len(missing)} of {len(pairs)} choices lose", len(missing))
+    sites = bench.net.record.sites
+    bench.ranges(
+        [
+            (operand.tensor, fmt)
+            for site, technique in missing
+            for operand, fmt in zip(sites[site].operands, technique.reads(sites[site]), strict=True)
+            if fmt is not None and not operand.constant
+        ]
+    )
+    meter, counted = Meter(), _Counted(bench.task.calibration)
+    task = dataclasses.replace(bench.task, calibration=counted)
+    got = sensitivity(bench.model, task, missing, bench.simulate)
+    if isinstance(got, Scores):
+        if len(missing) < len(pairs):  # what pairs lose together is measured together
+            got = sensitivity(bench.model, task, pairs, bench.simulate)
+            assert isinstance(got, Scores)
+        bench.progress.advance(len(missing))
+        return got
+    for pair, loss in zip(missing, got, strict=True):
+        known[pair] = float(loss)
+        bench.store.put("sensitivity", keys[pair], float(loss))
+        bench.progress.advance()
+    meter.forwards = counted.samples
+    return Scores(known, spent=meter.spent())
+
+
+class _Counted:
+    """A loader that counts the samples that were read from it."""
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self.loader = loader
+        self.samples = 0
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        for inputs, target in items(self.loader, "calibration"):
+            self.samples += batch_size(inputs)
+            yield inputs, target
+
+
+def _scores_to_json(scores: Scores, pairs: Sequence[Pair]) -> dict[str, Any]:
+    """By position in ``pairs``: a key names them."""
+    index = {pair: k for k, pair in enumerate(pairs)}
+    return {
+        "losses": [[index[pair], loss] for pair, loss in scores.losses.items()],
+        "cross": [[index[one], index[other], loss] for (one, other), loss in scores.cross.items()],
+        "skipped": [[index[pair], why] for pair, why in scores.skipped.items()],
+        "spent": dataclasses.asdict(scores.spent),
+        "notes": dict(scores.notes),
+    }
+
+
+def _scores_from_json(data: Mapping[str, Any], pairs: Sequence[Pair]) -> Scores:
+    return Scores(
+        {pairs[k]: float(loss) for k, loss in data["losses"]},
+        {(pairs[i], pairs[j]): float(loss) for i, j, loss in data["cross"]},
+        {pairs[k]: str(why) for k, why in data["skipped"]},
+        Spent(**data["spent"]),
+        dict(data["notes"]),
+    )
+
+
+def _score_key(bench: Bench, plan: Plan, sensitivity: Sensitivity) -> dict[str, Any]:
+    """What the score of one choice depends on."""
+    return {
+        **bench.model_key,
+        "data": bench.calibration_key,
+        "plan": bench.plan_key(plan),
+        "sensitivity": _digest(sensitivity),
+        "loss": source_digest(bench.task.loss) if bench.task.loss is not None else None,
+        "seed": bench.seed,
+    }
+
+
+def _digest(sensitivity: Sensitivity) -> str:
+    """Of what it computes: a function's source; a value's fields and its class's source file."""
+    if isinstance(sensitivity, types.FunctionType):
+        return source_digest(sensitivity)
+    return hash_json([repr(sensitivity), hash_source(type(sensitivity))])

@@ -1,0 +1,58 @@
+"""Climbing a ladder of plans, from the one of least loss to the one of least cost, as far as the budget goes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .base import Point
+from .trials import Trials
+
+
+def climb(trials: Trials, points: Sequence[Point], margin: float, beyond: int) -> None:
+    """Bisect for where the limits begin to hold, compare the costs of what lies around it, evaluate the best whole.
+
+    ``points``: least loss first. ``margin``: what is predicted worse than the best measured by more than this fraction
+    is not measured. ``beyond``: plans on the far side of the limit that are tried all the same, as accuracy is not
+    monotone.
+    """
+    budget, minimize, last = trials.budget, trials.minimize, len(points) - 1
+    if minimize == "drop":
+        pivot = bisect(trials, points, fails_first=True) if set(budget.limits) != {"drop"} else 0
+        pivot = min(pivot, last)
+        measure = trials.whole
+    else:
+        pivot = bisect(trials, points, fails_first=False) if budget.drop is not None else last
+        measure = trials.costs
+    if 0 <= pivot <= last and not trials.spent:
+        measure(points[pivot])
+    for distance in range(1, len(points) + 1):
+        for index in (pivot + distance, pivot - distance):
+            if not 0 <= index <= last or trials.spent:
+                continue
+            best = trials.promising()
+            ceiling = best.predicted(minimize) + margin * abs(best.predicted(minimize))
+            if best.missed(budget) or points[index].predicted(minimize) <= ceiling:
+                measure(points[index])
+    trials.settle(beyond)
+
+
+def bisect(trials: Trials, points: Sequence[Point], fails_first: bool) -> int:
+    """The last point whose drop holds; if points of little loss fail a cost limit, the first that holds it.
+
+    The far end comes first: often nothing has to be searched. -1 (or the number of points): none.
+    """
+
+    def holds(point: Point) -> bool:
+        if fails_first:
+            return not set(trials.costs(point).missed(trials.budget)) - {"drop"}
+        return trials.keeps(point)
+
+    low, high = -1, len(points)
+    middle = 0 if fails_first else high - 1
+    while high - low > 1 and not trials.spent:
+        if holds(points[middle]) is fails_first:
+            high = middle
+        else:
+            low = middle
+        middle = (low + high) // 2
+    return high if fails_first else low

@@ -1,0 +1,242 @@
+"""What a search has measured so far, and the best of it: accuracy is spent last, on plans that are worth it."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+from ..plan import Budget, Plan
+from .base import (
+    BudgetError,
+    Evaluate,
+    Evaluation,
+    Point,
+    Progress,
+    Result,
+    SearchInterrupted,
+    Staged,
+    excess,
+)
+
+Key = tuple[object, ...]
+
+
+class Trials:
+    """Plans measured so far. ``seen`` maps a plan's key to its point with what is known of it.
+
+    ``control``: the float plan. ``most``: plans measured at most, it included. ``patience``: the share of the
+    evaluation set after which an undecided plan is judged by what was seen, until it is evaluated whole. ``seconds``:
+    after that nothing new is begun; None: no limit. An interrupt raises :class:`SearchInterrupted` with what is known.
+    """
+
+    def __init__(
+        self,
+        evaluate: Evaluate,
+        most: int,
+        budget: Budget,
+        minimize: str,
+        control: Point,
+        progress: Progress | None = None,
+        patience: float = 1.0,
+        seconds: float | None = None,
+    ) -> None:
+        self.evaluate, self.most, self.budget, self.minimize = evaluate, most, budget, minimize
+        self.control, self.progress, self.patience = control, progress, patience
+        self.seen: dict[Key, Point] = {}
+        self.failed: set[Key] = set()
+        self._end = None if seconds is None else time.monotonic() + seconds
+        self.asks_drop = budget.drop is not None or minimize == "drop"
+
+    @property
+    def spent(self) -> bool:
+        """Whether nothing new may be measured."""
+        return len(self.seen) >= self.most or self.late
+
+    @property
+    def late(self) -> bool:
+        return self._end is not None and time.monotonic() > self._end
+
+    def costs(self, point: Point) -> Point:
+        """The point with its measured time, size and energy (and its drop, if that cannot be had apart)."""
+        if not isinstance(self.evaluate, Staged):
+            return self.whole(point)
+        known = self._of(point)
+        if known.evaluation is None or (known.evaluation.ms is None and known.evaluation.bytes is None):
+            known = self._learn(point, lambda staged: staged.costs(point.plan))
+        return known
+
+    def keeps(self, point: Point) -> bool:
+        """Whether the drop is within the budget: as certain as the evaluator was asked to be, or, after ``patience``,
+        as far as was seen. True where no drop is limited."""
+        limit = self.budget.drop
+        if limit is None:
+            return True
+        if not isinstance(self.evaluate, Staged):
+            return "drop" not in self.whole(point).missed(self.budget)
+        known = self._of(point).evaluation
+        if known is None or (known.within is None and known.drop is None):
+            self._learn(point, lambda staged: staged.decide(point.plan, limit, self.patience))
+        return "drop" not in self._of(point).missed(self.budget)
+
+    def whole(self, point: Point) -> Point:
+        """The point measured whole; each plan once."""
+        known = self._of(point).evaluation
+        if known is None or not known.complete or (known.drop is None and self.asks_drop):
+            self._learn(point, lambda evaluate: evaluate(point.plan))
+            got = self._of(point).evaluation
+            if self.asks_drop and got is not None and got.drop is None:
+                raise ValueError(
+                    "evaluate() gave no drop, but the search was asked to keep or minimize it: "
+                    "give the evaluator a task with a metric and validation data"
+                )
+        return self._of(point)
+
+    def _of(self, point: Point) -> Point:
+        return self.seen.get(key_of(point.plan), point)
+
+    def _learn(self, point: Point, measure: Callable[..., Evaluation]) -> Point:
+        key = key_of(point.plan)
+        if self.progress is not None:
+            self.progress("measuring whole plans", min(len(self.seen), self.most), self.most)
+        got = measure(self.evaluate)
+        known = self._of(point).evaluation
+        if known is not None:
+            got = _merged(known, got)
+        self.seen[key] = dataclasses.replace(point, evaluation=got)
+        return self.seen[key]
+
+    def finished(self) -> list[Point]:
+        """The points of which everything that was asked for is known."""
+        return [
+            point
+            for point in self.seen.values()
+            if point.evaluation is not None
+            and (not self.asks_drop or (point.evaluation.complete and point.evaluation.drop is not None))
+        ]
+
+    def best(self) -> Point:
+        """Of those that meet the budget as measured the best as measured, else the one that misses it by least.
+
+        The float plan is the control: a plan measured slower than it is not a gain in time.
+        """
+        return self.ranked(self.finished() or list(self.seen.values()))[0]
+
+    def promising(self) -> Point:
+        """The best of those whose costs are known and whose drop is not known to be too great."""
+        found = [p for p in self.seen.values() if _has_costs(p) and (not self.asks_drop or _has_drop(p))]
+        return self.ranked(found or self.seen.values())[0]
+
+    def ranked(self, points: Iterable[Point]) -> list[Point]:
+        """Best first by what was measured; the float plan ahead of all that are slower than it."""
+        found = sorted(points, key=lambda p: (p.loss, p.predicted(self.minimize), str(key_of(p.plan))))
+        control = self.seen.get(key_of(self.control.plan))
+        if control is not None and self.minimize == "ms" and not control.missed(self.budget):
+            found = [p for p in found if p is control or _speed_ratio(p) <= 1.0]
+        # Times of different moments compare through the float plan, timed interleaved with each.
+        relative = self.minimize == "ms" and all(p is control or _speed_ratio(p) > 0.0 for p in found)
+
+        def rank(point: Point) -> tuple[float, float]:
+            value = point.value(self.minimize)
+            if relative:
+                value = 1.0 if point is control else _speed_ratio(point)
+            return excess(point, self.budget), value
+
+        return sorted(found, key=rank)
+
+    def settle(self, beyond: int) -> None:
+        """Evaluate whole what is fastest (or least) as measured and keeps the drop, until one does.
+
+        At most ``beyond`` plans whose drop is not known yet are tried on the way: faster ones than the search chose.
+        """
+        if not self.asks_drop:
+            self.whole(self.best())
+            return
+        tried: set[Key] = set()
+        while not self.late:
+            waiting = [
+                p
+                for p in self.ranked(p for p in self.seen.values() if key_of(p.plan) not in tried)
+                if _has_costs(p) and not set(p.missed(self.budget)) - {"drop"}
+            ]
+            point = next((p for p in waiting if beyond > 0 or _has_drop(p)), None)
+            if point is None:
+                break
+            tried.add(key_of(point.plan))
+            beyond -= not _has_drop(point)
+            if self.keeps(point) and not self.whole(point).missed(self.budget):
+                return
+        if not self.finished() or self.best().missed(self.budget):
+            # nothing meets the budget: the one that is closest is known whole
+            self.whole(self.ranked(self.seen.values())[0])
+
+    @contextmanager
+    def interruptible(self, candidates: int | None) -> Iterator[None]:
+        """An interrupt inside carries the best plan so far."""
+        try:
+            yield
+        except KeyboardInterrupt as interrupt:
+            if not self.seen or isinstance(interrupt, SearchInterrupted):
+                raise
+            raise SearchInterrupted(self._result((), candidates)) from interrupt
+
+    def result(self, points: Iterable[Point], candidates: int | None) -> Result:
+        """All that was measured and the predicted ``points``; raises :class:`BudgetError` if nothing meets the budget.
+
+        ``candidates``: how many plans could have been returned, None if what was seen decided which are looked at.
+        """
+        found = self._result(points, candidates)
+        if found.missed:
+            raise BudgetError(found)
+        return found
+
+    def _result(self, points: Iterable[Point], candidates: int | None) -> Result:
+        best = self.best()
+        if candidates is not None and isinstance(self.evaluate, Staged) and best.evaluation is not None:
+            bound = self.evaluate.bound(best.plan, candidates) if _has_drop(best) else None
+            known = dataclasses.replace(best, evaluation=dataclasses.replace(best.evaluation, drop_bound=bound))
+            self.seen[key_of(best.plan)] = best = known
+        every = {key_of(point.plan): point for point in (*points, *self.seen.values())}
+        frontier = sorted(every.values(), key=lambda p: (p.predicted(self.minimize), p.loss))
+        frontier = [self.seen.get(key_of(point.plan), point) for point in frontier]
+        samples = sum(
+            point.evaluation.samples
+            for key, point in self.seen.items()
+            if point.evaluation is not None and key != key_of(self.control.plan)
+        )
+        missed = best.missed(self.budget)
+        return Result(best, tuple(frontier), self.minimize, self.budget, len(self.seen), missed, samples, candidates)
+
+
+def key_of(plan: Plan) -> Key:
+    """What tells plans apart, whatever the order of their sites."""
+    return tuple(sorted(((site, technique) for site, technique in plan.sites.items()), key=lambda item: item[0]))
+
+
+def _merged(old: Evaluation, new: Evaluation) -> Evaluation:
+    """What both say, the newer one first; the drop and what belongs to it come together."""
+    together = ("drop", "drop_interval", "metric", "samples", "within", "complete")
+    keep = {
+        field.name: getattr(old, field.name)
+        for field in dataclasses.fields(old)
+        if getattr(new, field.name) is None and field.name not in together
+    }
+    if new.drop is None:
+        keep |= {name: getattr(old, name) for name in together}
+    return dataclasses.replace(new, **keep)
+
+
+def _has_costs(point: Point) -> bool:
+    got = point.evaluation
+    return got is not None and (got.ms is not None or got.bytes is not None or got.complete)
+
+
+def _has_drop(point: Point) -> bool:
+    return point.evaluation is not None and point.evaluation.drop is not None
+
+
+def _speed_ratio(point: Point) -> float:
+    """Measured time over the float plan's in the same run; 0 where that was not timed: nothing held against it."""
+    got = point.evaluation
+    return got.ms / got.float_ms if got is not None and got.ms is not None and got.float_ms else 0.0
