@@ -98,6 +98,7 @@ class Evaluator:
             drop_interval=found.interval,
             samples=len(found.scores),
             within=found.within,
+            certain=found.certain,
             complete=found.complete,
         )
 

@@ -29,7 +29,8 @@ class Evaluation:
     ``mj`` per batch. None: not measured. ``source``: of the times (``measured``, ``simulated`` or ``modelled``).
 
     ``within``: whether the drop is inside the limit that was asked about, where that was decided before the whole set
-    was seen (``complete`` is False then, and ``samples`` is how many were). ``drop_bound``: what the drop of the
+    was seen (``complete`` is False then, and ``samples`` is how many were); not ``certain``, where it only looks like
+    it. ``drop_bound``: what the drop of the
     population stays below at the level that was asked, after the selection among candidates; None: not known.
     """
 
@@ -45,6 +46,7 @@ class Evaluation:
     float_ms: float | None = None
     source: str = "measured"
     within: bool | None = None
+    certain: bool = True
     complete: bool = True
     drop_bound: float | None = None
 

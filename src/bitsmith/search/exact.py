@@ -9,9 +9,10 @@ import numpy as np
 
 from ..plan import Budget
 from ..profile import Profile
-from .base import BudgetError, Evaluate, Point, Progress, Result, Search, excess
+from .base import Evaluate, Point, Progress, Result, Search
 from .ladder import climb
-from .program import Program
+from .predicted import predicted
+from .program import Program, additive
 from .trials import Trials, key_of
 
 _TIGHTENINGS = 2
@@ -21,19 +22,20 @@ _TIGHTENINGS = 2
 class Exact(Search):
     """Integer linear programming over site and edge costs with HiGHS, along a ladder of loss limits.
 
-    As in Yao et al. 2021 (HAWQ-V3, arXiv:2011.10680), with costs of edges, and with whole plans measured.
+    As in Yao et al. 2021 (HAWQ-V3, arXiv:2011.10680), with costs of edges, and with whole plans measured. What two
+    sites lose together is shared between them, as if every other site had the same technique.
     ``points``: loss limits on the ladder. ``max_evaluations``: plans measured at most, the float plan included.
     ``margin``: a plan predicted worse than the best measured one by more than this fraction is not measured.
     ``patience``: the share of the evaluation set after which the bisection takes an undecided plan for what it looks
-    like; what is returned was evaluated whole. ``beyond``: faster plans than the bisection's that are tried
-    at the end. ``seconds``: after that nothing new is begun.
+    like; what is returned was evaluated whole. ``passes``: full evaluation sets that may be forwarded in all, the last
+    evaluation included, as far as that can be helped. ``seconds``: after that nothing new is begun.
     """
 
     points: int = 24
     margin: float = 0.1
     max_evaluations: int = 12
     patience: float = 0.3
-    beyond: int = 1
+    passes: float = 3.0
     seconds: float | None = None
 
     def __post_init__(self) -> None:
@@ -54,7 +56,7 @@ class Exact(Search):
         evaluate: Evaluate | None = None,
         progress: Progress | None = None,
     ) -> Result:
-        program = Program(profile)
+        program = Program(additive(profile))
         limits = {name: limit for name, limit in budget.limits.items() if name != "drop"}
         # The frontier is one of loss against this resource, whichever of the two is minimized.
         resource = minimize if minimize != "drop" else next(iter(limits), "ms")
@@ -69,7 +71,7 @@ class Exact(Search):
 
         points = frontier(limits)
         if evaluate is None:
-            return _predicted(points, min(points, key=lambda p: _rank(p, budget, minimize)), budget, minimize)
+            return predicted(points, budget, minimize)
 
         control = program.point(program.control)
         trials = Trials(
@@ -86,7 +88,7 @@ class Exact(Search):
                 limits = tighter
                 points = frontier(limits)
                 candidates |= {key_of(point.plan) for point in points}
-            climb(trials, points, self.margin, self.beyond)
+            climb(trials, points, self.margin, self.passes)
         return trials.result(points, len(candidates))
 
 
@@ -147,15 +149,3 @@ def _tighten(trials: Trials, points: list[Point], limits: dict[str, float], reso
         if name in missed
     }
     return {**limits, **tighter} if tighter else None
-
-
-def _rank(point: Point, budget: Budget, minimize: str) -> tuple[float, float]:
-    return excess(point, budget), point.predicted(minimize)
-
-
-def _predicted(points: list[Point], best: Point, budget: Budget, minimize: str) -> Result:
-    frontier = tuple(sorted(points, key=lambda p: (p.predicted(minimize), p.loss)))
-    result = Result(best, frontier, minimize, budget, 0, best.missed(budget))
-    if result.missed:
-        raise BudgetError(result)
-    return result

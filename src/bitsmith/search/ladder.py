@@ -8,21 +8,27 @@ from .base import Point
 from .trials import Trials
 
 
-def climb(trials: Trials, points: Sequence[Point], margin: float, beyond: int) -> None:
+def climb(trials: Trials, points: Sequence[Point], margin: float, passes: float) -> None:
     """Bisect for where the limits begin to hold, compare the costs of what lies around it, evaluate the best whole.
 
     ``points``: least loss first. ``margin``: what is predicted worse than the best measured by more than this fraction
-    is not measured. ``beyond``: plans on the far side of the limit that are tried all the same, as accuracy is not
-    monotone.
+    is not measured. ``passes``: full evaluation sets that may be forwarded, as far as that can be helped.
     """
     budget, minimize, last = trials.budget, trials.minimize, len(points) - 1
     if minimize == "drop":
         pivot = bisect(trials, points, fails_first=True) if set(budget.limits) != {"drop"} else 0
         pivot = min(pivot, last)
-        measure = trials.whole
     else:
         pivot = bisect(trials, points, fails_first=False) if budget.drop is not None else last
-        measure = trials.costs
+    around(trials, points, pivot, margin)
+    trials.settle(passes)
+
+
+def around(trials: Trials, points: Sequence[Point], pivot: int, margin: float) -> None:
+    """Measure the costs of a point (all of it where the drop is minimized) and of its neighbours, nearest first, while
+    they are not predicted worse than the best so far by more than ``margin``."""
+    budget, minimize, last = trials.budget, trials.minimize, len(points) - 1
+    measure = trials.whole if minimize == "drop" else trials.costs
     if 0 <= pivot <= last and not trials.spent:
         measure(points[pivot])
     for distance in range(1, len(points) + 1):
@@ -33,7 +39,6 @@ def climb(trials: Trials, points: Sequence[Point], margin: float, beyond: int) -
             ceiling = best.predicted(minimize) + margin * abs(best.predicted(minimize))
             if best.missed(budget) or points[index].predicted(minimize) <= ceiling:
                 measure(points[index])
-    trials.settle(beyond)
 
 
 def bisect(trials: Trials, points: Sequence[Point], fails_first: bool) -> int:

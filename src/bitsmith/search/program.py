@@ -8,6 +8,7 @@ constraint per edge row.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -88,6 +89,16 @@ class Program:
             )
             for unit in self.units
         )
+
+    def together(self, site: str, technique: Technique, choice: Choice) -> float:
+        """What that technique at the site loses together with all other decisions of a choice."""
+        table = self.profile.interactions.get((site, technique), {})
+        total = 0.0
+        for (other, its), loss in table.items():
+            unit = self._unit_of.get(other)
+            if unit is not None and other != site and self.units[unit].techniques[choice[unit]] == its:
+                total += loss
+        return total
 
     def point(self, choice: Choice) -> Point:
         """The plan of a choice (the option's index for each decision) with its predicted costs."""
@@ -274,6 +285,21 @@ class Program:
         if found.x is None:
             raise RuntimeError(f"scipy.optimize.milp failed on {len(self.units)} decisions: {found.message}")
         return tuple(int(np.argmax(found.x[block])) for block in self._blocks[: len(self.units)])
+
+
+def additive(profile: Profile) -> Profile:
+    """The profile with what pairs lose together shared between both, as if every other site had the same technique.
+
+    The loss of the plan that has one technique everywhere stays what it was; no loss falls below 0.
+    """
+    if not profile.cross:
+        return profile
+    rows = []
+    for row in profile.rows:
+        shared = profile.interactions.get((row.site, row.technique), {})
+        loss = row.loss + 0.5 * sum(loss for (_, other), loss in shared.items() if other == row.technique)
+        rows.append(dataclasses.replace(row, loss=max(loss, 0.0)))
+    return dataclasses.replace(profile, rows=tuple(rows), cross=())
 
 
 def _is_float(row: Row) -> bool:

@@ -145,10 +145,11 @@ class Trials:
 
         return sorted(found, key=rank)
 
-    def settle(self, beyond: int) -> None:
-        """Evaluate whole what is fastest (or least) as measured and keeps the drop, until one does.
+    def settle(self, passes: float) -> None:
+        """Evaluate whole what is fastest (or least) as measured and may keep the drop, until one does.
 
-        At most ``beyond`` plans whose drop is not known yet are tried on the way: faster ones than the search chose.
+        ``passes``: full sets that may be forwarded in all. While one more whole evaluation is left of them, plans that
+        only looked as if they did not keep it are tried too; without, those that are known to, or look like it.
         """
         if not self.asks_drop:
             self.whole(self.best())
@@ -160,16 +161,44 @@ class Trials:
                 for p in self.ranked(p for p in self.seen.values() if key_of(p.plan) not in tried)
                 if _has_costs(p) and not set(p.missed(self.budget)) - {"drop"}
             ]
-            point = next((p for p in waiting if beyond > 0 or _has_drop(p)), None)
+            spare = self.used + 2.0 <= passes
+            point = next((p for p in waiting if self._likely(p) or (spare and not self._refuted(p))), None)
             if point is None:
                 break
             tried.add(key_of(point.plan))
-            beyond -= not _has_drop(point)
-            if self.keeps(point) and not self.whole(point).missed(self.budget):
+            if self._holds(point) and not self.whole(point).missed(self.budget):
                 return
         if not self.finished() or self.best().missed(self.budget):
             # nothing meets the budget: the one that is closest is known whole
             self.whole(self.ranked(self.seen.values())[0])
+
+    @property
+    def used(self) -> float:
+        """Full evaluation sets that were forwarded, the float plan's left out."""
+        control = key_of(self.control.plan)
+        found = [p.evaluation for key, p in self.seen.items() if p.evaluation is not None and key != control]
+        whole = max((got.samples for got in found if got.complete), default=0)
+        whole = max([whole, *(self.seen[k].evaluation.samples for k in self.seen if k == control)])  # type: ignore[union-attr]
+        return sum(got.samples for got in found) / whole if whole else 0.0
+
+    def _likely(self, point: Point) -> bool:
+        """Whether it is known or looks as if it keeps the drop."""
+        got = point.evaluation
+        return got is not None and got.drop is not None and "drop" not in point.missed(self.budget)
+
+    def _refuted(self, point: Point) -> bool:
+        """Whether it is certain that it does not."""
+        got = point.evaluation
+        return got is not None and got.drop is not None and got.certain and "drop" in point.missed(self.budget)
+
+    def _holds(self, point: Point) -> bool:
+        """Whether the drop is within the limit, with certainty: no patience."""
+        limit = self.budget.drop
+        if limit is not None and isinstance(self.evaluate, Staged) and not self._refuted(point):
+            got = self._of(point).evaluation
+            if got is None or got.drop is None or not (got.certain or got.complete):
+                self._learn(point, lambda staged: staged.decide(point.plan, limit))
+        return "drop" not in self._of(point).missed(self.budget)
 
     @contextmanager
     def interruptible(self, candidates: int | None) -> Iterator[None]:
@@ -216,7 +245,7 @@ def key_of(plan: Plan) -> Key:
 
 def _merged(old: Evaluation, new: Evaluation) -> Evaluation:
     """What both say, the newer one first; the drop and what belongs to it come together."""
-    together = ("drop", "drop_interval", "metric", "samples", "within", "complete")
+    together = ("drop", "drop_interval", "metric", "samples", "within", "certain", "complete")
     keep = {
         field.name: getattr(old, field.name)
         for field in dataclasses.fields(old)
