@@ -9,7 +9,7 @@ from .trials import Trials
 
 
 def climb(trials: Trials, points: Sequence[Point], margin: float, passes: float) -> None:
-    """Bisect for where the limits begin to hold, compare the costs of what lies around it, evaluate the best whole.
+    """Find where the limits begin to hold, compare the costs of what lies around it, evaluate the best whole.
 
     ``points``: least loss first. ``margin``: what is predicted worse than the best measured by more than this fraction
     is not measured. ``passes``: full evaluation sets that may be forwarded, as far as that can be helped.
@@ -19,7 +19,7 @@ def climb(trials: Trials, points: Sequence[Point], margin: float, passes: float)
         pivot = bisect(trials, points, fails_first=True) if set(budget.limits) != {"drop"} else 0
         pivot = min(pivot, last)
     else:
-        pivot = bisect(trials, points, fails_first=False) if budget.drop is not None else last
+        pivot = descend(trials, points, passes) if budget.drop is not None else last
     around(trials, points, pivot, margin)
     trials.settle(passes)
 
@@ -61,3 +61,25 @@ def bisect(trials: Trials, points: Sequence[Point], fails_first: bool) -> int:
             low = middle
         middle = (low + high) // 2
     return high if fails_first else low
+
+
+def descend(trials: Trials, points: Sequence[Point], passes: float) -> int:
+    """The last point found to keep the drop, from the far end down: after each that does not, where the drop would be
+    at the limit if it went with the loss. -1: none.
+
+    Each is decided with certainty: what is close to the limit takes most of the set, and is then evaluated whole
+    anyway. Faster points than one that keeps it are tried while ``passes`` leave room for a whole evaluation.
+    """
+    low, high, index = -1, len(points), len(points) - 1
+    while high - low > 1 and not trials.spent:
+        if trials.keeps(points[index]):
+            low = index
+            if trials.used + 1.0 + trials.left(points[low]) > passes:
+                break
+            index = (low + high) // 2
+        else:
+            high = index
+            target = trials.tolerable(points[index])
+            below = [k for k in range(low + 1, high) if points[k].loss <= target]
+            index = max(below, default=low + 1)
+    return low

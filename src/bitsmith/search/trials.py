@@ -177,9 +177,25 @@ class Trials:
         """Full evaluation sets that were forwarded, the float plan's left out."""
         control = key_of(self.control.plan)
         found = [p.evaluation for key, p in self.seen.items() if p.evaluation is not None and key != control]
-        whole = max((got.samples for got in found if got.complete), default=0)
-        whole = max([whole, *(self.seen[k].evaluation.samples for k in self.seen if k == control)])  # type: ignore[union-attr]
+        whole = self._set_size()
         return sum(got.samples for got in found) / whole if whole else 0.0
+
+    def left(self, point: Point) -> float:
+        """The part of the evaluation set that this point has not seen."""
+        got, whole = self._of(point).evaluation, self._set_size()
+        return 1.0 - (got.samples / whole if got is not None and whole else 0.0)
+
+    def tolerable(self, point: Point) -> float:
+        """The predicted loss at which the drop would be at its limit, if it went with the loss, as at this point."""
+        got, limit = self._of(point).evaluation, self.budget.drop
+        if got is None or got.drop is None or limit is None or limit <= 0 or not got.drop > limit:
+            return point.loss / 2
+        return point.loss * limit / got.drop
+
+    def _set_size(self) -> int:
+        return max(
+            (p.evaluation.samples for p in self.seen.values() if p.evaluation and p.evaluation.complete), default=0
+        )
 
     def _likely(self, point: Point) -> bool:
         """Whether it is known or looks as if it keeps the drop."""
