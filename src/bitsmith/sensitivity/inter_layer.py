@@ -31,23 +31,31 @@ class InterLayer:
     Hessian of the loss by these outputs. The abstract says that dependencies between layers enter, not how: this form
     is ours.
 
-    ``form="gauss_newton"``: ``J' H_out J`` with the Hessian ``H_out`` of the loss by the network's output (Schraudolph
+    ``form="gauss_newton"``: ``J' H_out J`` with the Hessian ``H_out`` of what is lost by the network's output (Schraudolph
     2002): never negative. ``draws`` random directions of it for each sample, one backward each, give all pairs at once.
-    Without ``Task(loss=...)``: the squared error of the output relative to its power. Of outputs with more than 1024
-    numbers a sample the empirical Fisher matrix. ``form="hessian"``: the Hessian of the task's loss, one Hessian-vector
-    product for each pair. ``samples``: of the calibration data, at most. ``mu`` weights what two sites lose
-    together; 0 leaves the plain diagonal.
+    ``of="output"``: what is lost is the squared error of the output, relative to its power; ``"loss"``: the task's loss
+    (of outputs with more than 1024 numbers a sample, its empirical Fisher matrix). On confident networks the second is
+    nearly 0 wherever the first is not, and orders worse. ``form="hessian"``: the Hessian of the task's loss, one
+    Hessian-vector product for each pair.
+
+    ``samples``: of the calibration data, at most. ``mu`` weights what two sites lose together; 0 leaves the plain
+    diagonal. ``shrink``: each such term by ``1 - (standard error / mean)^2``, at least 0, as most are nothing but noise
+    (Gauss-Newton form; positive-part James-Stein of each alone).
     """
 
     form: Literal["gauss_newton", "hessian"] = "gauss_newton"
+    of: Literal["output", "loss"] = "output"
     samples: int = 128
     draws: int = 1
     mu: float = 1.0
+    shrink: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.form not in ("gauss_newton", "hessian"):
             raise ValueError(f"InterLayer(form={self.form!r}): must be 'gauss_newton' or 'hessian'")
+        if self.of not in ("output", "loss"):
+            raise ValueError(f"InterLayer(of={self.of!r}): must be 'output' or 'loss'")
         if self.samples < 1 or self.draws < 1:
             raise ValueError(f"InterLayer(samples={self.samples}, draws={self.draws}): must be at least 1")
         if not 0.0 <= self.mu < float("inf"):
@@ -56,9 +64,10 @@ class InterLayer:
     def __call__(
         self, model: nn.Module, task: Task, pairs: Sequence[Pair], simulate: Callable[[Plan], nn.Module]
     ) -> Scores:
-        if self.form == "hessian" and task.loss is None:
+        if (self.form == "hessian" or self.of == "loss") and task.loss is None:
             raise TaskError(
-                "InterLayer(form='hessian') needs Task(loss=...), such as torch.nn.functional.cross_entropy"
+                f"InterLayer(form={self.form!r}, of={self.of!r}) needs Task(loss=...), such as "
+                "torch.nn.functional.cross_entropy"
             )
         if not pairs:
             return Scores({})
@@ -75,20 +84,27 @@ class InterLayer:
     def _gauss_newton(self, network: GatedNetwork, task: Task, meter: Meter, notes: dict[str, str]) -> Matrix:
         generator = torch.Generator().manual_seed(self.seed)
         count = network.gates.count
-        total, power, samples = np.zeros((count, count)), 0.0, 0
+        total, squares, power, samples = np.zeros((count, count)), np.zeros((count, count)), 0.0, 0
         for batch, gate in batches(network, task, self.samples, per_sample=True):
             meter.forwards += batch.size * (1 + network.techniques)
             samples += batch.size
             power += float(batch.logits.detach().double().square().sum())
-            directions = _directions(batch, task, self.draws, generator, notes)
+            directions = self._directions(batch, task, generator, notes)
             for k, direction in enumerate(directions):
                 (slope,) = torch.autograd.grad(
                     (batch.logits * direction).sum(), gate, retain_graph=k + 1 < len(directions)
                 )
                 found = slope.double().numpy()
                 total += found.T @ found / len(directions)
+                squares += np.square(found).T @ np.square(found) / len(directions)
                 meter.backwards += batch.size
-        return 0.5 * total / samples if task.loss is not None else total / max(power, 1e-300)
+        scale = 0.5 / samples if self.of == "loss" else 1.0 / max(power, 1e-300)
+        return scale * (_shrunk(total, squares, samples * self.draws, self.draws) if self.shrink else total)
+
+    def _directions(self, batch: Batch, task: Task, generator: torch.Generator, notes: dict[str, str]) -> list[Tensor]:
+        if self.of == "loss":
+            return _directions(batch, task, self.draws, generator, notes)
+        return [_signs(batch.logits, generator) for _ in range(self.draws)]
 
     def _hessian(self, network: GatedNetwork, task: Task, meter: Meter) -> Matrix:
         assert task.loss is not None
@@ -129,12 +145,7 @@ def _directions(
 ) -> list[Tensor]:
     """Random directions v of the output, shaped as it is, with ``E[v v'] = H_out`` for each sample."""
     logits = batch.logits
-
-    def signs() -> Tensor:
-        return torch.randint(0, 2, logits.shape, generator=generator).to(logits.dtype) * 2 - 1
-
-    if task.loss is None:
-        return [signs() for _ in range(draws)]
+    assert task.loss is not None
     loss = task.loss(batch.output, batch.target) * batch.size  # of each sample, if the loss is their mean
     (slope,) = torch.autograd.grad(loss, logits, create_graph=True)
     flat = slope.reshape(batch.size, -1)
@@ -147,6 +158,26 @@ def _directions(
     values, vectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
     root = vectors * values.clamp_min(0.0).sqrt().unsqueeze(1)
     return [
-        (root @ signs().reshape(batch.size, -1, 1).double()).reshape(logits.shape).to(logits.dtype)
+        (root @ _signs(logits, generator).reshape(batch.size, -1, 1).double()).reshape(logits.shape).to(logits.dtype)
         for _ in range(draws)
     ]
+
+
+def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randint(0, 2, like.shape, generator=generator).to(like.dtype) * 2 - 1
+
+
+def _shrunk(total: Matrix, squares: Matrix, count: int, draws: int) -> Matrix:
+    """Sums of products of slopes, [pairs, pairs], those off the diagonal shrunk by how far they are from 0.
+
+    ``squares``: sums of the squared products. ``count``: samples times draws. Both sums are means over draws.
+    """
+    if count < 2:
+        return np.diag(np.diag(total))
+    mean = total * draws / count
+    variance = np.maximum(squares * draws / count - mean**2, 0.0) / (count - 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        kept = np.nan_to_num(np.maximum(1.0 - variance / mean**2, 0.0), nan=0.0, neginf=0.0)
+    np.fill_diagonal(kept, 1.0)
+    shrunk: Matrix = total * kept
+    return shrunk
