@@ -166,8 +166,11 @@ class Benchmark:
             self.miss("the data folder is missing: set BITSMITH_DATA")
         return root
 
-    def run(self, parts: Mapping[str, Part]) -> int:
-        """The chosen parts one after the other, each kept on disk once it is done; the exit status."""
+    def run(self, parts: Mapping[str, Part], last: Part | None = None) -> int:
+        """The chosen parts one after the other, each kept on disk once it is done; the exit status.
+
+        ``last``: judges what all of them gave, those of a killed run included.
+        """
         kept: Record = {}
         if self.options.resume and self._unfinished.exists():
             kept = json.loads(self._unfinished.read_text(encoding="utf-8"))
@@ -186,6 +189,8 @@ class Benchmark:
             new = [vars(verdict) for verdict in self.verdicts[verdicts:]]
             kept[name] = {"rows": self.rows[rows:], "verdicts": new, "misses": self.misses[misses:]}
             _write(self._unfinished, {"settings": self._settings(), **kept})
+        if last is not None:
+            last(self)
         status = self.finish()
         self._unfinished.unlink(missing_ok=True)
         return status
