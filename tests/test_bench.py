@@ -69,12 +69,15 @@ def count(store: bs.Store, kind: str) -> int:
 
 
 def profiled(store: bs.Store, technique: bs.Technique) -> bs.Profile:
-    return bs.profile(small(), task(), [technique], MockTarget(), store=store, patterns=("stem", "left", "right"))
+    sites = ("stem", "left", "right")
+    return bs.profile(
+        small(), task(), [technique], MockTarget(), store=store, sensitivity=bs.output_error, patterns=sites
+    )
 
 
 def timed(store: bs.Store, model: nn.Module, **changes: Any) -> tuple[int, ...]:
     """A profile with times; how many rows of each kind the store has then."""
-    bs.profile(model, task(**changes), [bs.Int(8, 8)], MockTarget(), store=store)
+    bs.profile(model, task(**changes), [bs.Int(8, 8)], MockTarget(), store=store, sensitivity=bs.output_error)
     return tuple(count(store, kind) for kind in ("sensitivity", "range", "time", "site times"))
 
 
@@ -104,7 +107,7 @@ def test_one_line_of_a_technique_makes_its_rows_be_measured_again(rounded: Calla
 
 def test_a_techniques_field_makes_its_rows_be_measured_again() -> None:
     with bs.Store(None) as store:
-        for technique, expected in ((bs.Int(8, 8), 3), (bs.Int(8, 8, range=bs.Range("mse")), 6), (bs.Int(8, 8), 6)):
+        for technique, expected in ((bs.Int(8, 8), 3), (bs.Int(8, 8, granularity="tensor"), 6), (bs.Int(8, 8), 6)):
             profiled(store, technique)
             assert count(store, "sensitivity") == expected
 

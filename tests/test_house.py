@@ -25,8 +25,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("prepare",),
     ("sensitivity", "export", "techniques"),
     ("targets",),
-    ("bench", "deploy", "quantize", "runner"),
-    ("costs", "scoring", "profile", "verify", "gradual"),
+    ("chosen", "bench", "deploy", "quantize", "runner"),
+    ("costs", "scoring", "profile", "verify", "gradual", "workers"),
     ("search", "evaluate", "report", "learn", "searches"),
     ("optimize", "_conformance", "testing", "zoo"),
     ("__init__",),
@@ -170,7 +170,20 @@ def test_what_is_subclassed_is_abstract() -> None:
     assert not wrong, f"concrete classes are subclassed: {', '.join(wrong)}"
 
 
-LAZY = ("onnx", "onnxscript", "onnxruntime", "openvino", "scipy", "matplotlib", "rich", "sklearn", "jinja2", "nncf")
+LAZY = (
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "openvino",
+    "scipy",
+    "matplotlib",
+    "rich",
+    "sklearn",
+    "jinja2",
+    "nncf",
+    "optuna",
+    "distributed",
+)
 
 
 def test_importing_loads_no_runtime_and_costs_little() -> None:

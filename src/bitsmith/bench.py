@@ -19,6 +19,7 @@ from torch import nn
 
 from ._files import check_writable
 from ._hash import hash_files, hash_function, hash_json, hash_source, hash_state, technique_key
+from .chosen import ChosenRanges
 from .compare import Score
 from .data import digest, first_inputs
 from .export.program import with_batch
@@ -34,6 +35,7 @@ from .site import Format
 from .store import Store
 from .targets.base import Artifact, SiteTimes, Target, Timing
 from .task import Split, Task, score
+from .technique import Technique
 
 if TYPE_CHECKING:
     import onnx
@@ -55,6 +57,7 @@ class Bench:
     batch: int = 1
     seed: int = 0
     progress: Progress = field(default_factory=Silent)
+    choose: bool = True
     _artifacts: dict[str, Artifact] = field(default_factory=dict)
     _digests: dict[str, str] = field(default_factory=dict)
     _whole: Plan | None = None
@@ -150,6 +153,27 @@ class Bench:
 
     def _range_key(self, tensor: str, histogram: bool) -> dict[str, Any]:
         return {**self.model_key, "data": self.calibration_key, "tensor": tensor, "histogram": histogram}
+
+    def adapted(self, plan: Plan) -> Plan:
+        """The plan as the target needs it, with the range methods that were chosen for its techniques."""
+        return self.refined(self.target.adapt(plan, self.net.record))
+
+    def refined(self, plan: Plan) -> Plan:
+        """The plan with the range methods that were chosen for its techniques (:class:`ChosenRanges`)."""
+        return self.chosen.refined(plan, self._told) if self.choose else plan
+
+    @functools.cached_property
+    def chosen(self) -> ChosenRanges:
+        """The range methods of each technique."""
+        key = {**self.model_key, "data": self.calibration_key}
+        return ChosenRanges(self.net, self.target, self.task.calibration, self.store, key)
+
+    def _told(self, technique: Technique) -> None:
+        self.progress.note(f"choosing range methods for {technique}")
+
+    def trial(self, plan: Plan) -> nn.Module:
+        """The applied network of a plan that is not adapted: what a sensitivity measures."""
+        return self.simulate(self.refined(plan))
 
     def simulate(self, plan: Plan) -> nn.Module:
         """The applied network of an adapted plan."""

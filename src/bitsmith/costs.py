@@ -132,8 +132,8 @@ def learn(bench: Bench, options: Mapping[str, Sequence[Option]], edges: Sequence
     """Time and profile probe plans on a measured target, and fit the table."""
     record = bench.net.record
     asked = probe_plans(options, mixed, bench.seed)
-    plans = [bench.target.adapt(plan, record) for plan in asked]
-    bench.everywhere(bench.target.adapt(_everywhere(options), record))
+    plans = [bench.adapted(plan) for plan in asked]
+    bench.everywhere(bench.adapted(_everywhere(options)))
     plans = _exported(bench, plans, len(plans) - mixed + _FEWEST)
     profiled = len(asked) - mixed + 4
     bench.progress.start(f"profiling and timing {len(plans)} probe plans on {bench.target.name}", profiled + 1)

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import Executor, Future, wait
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from .bench import Bench
-from .compare import drop
+from .compare import Score, drop
 from .gradual import Certainty, Gradual
+from .model.formats import place
 from .plan import Plan
 from .progress import Progress
 from .search.base import Evaluation
 from .store import Store
 from .targets.base import Target
-from .task import Task
+from .task import Split, Task
 from .technique import Step
 from .techniques.float_ import Float
+from .workers import Crew, Lost, Recipe, decide_remotely, keep_scores, recipe_of
 
 _CERTAINTY = Certainty()
 
@@ -51,16 +58,18 @@ class Evaluator:
     def __init__(self, bench: Bench, prepare: Sequence[Step] = (), certainty: Certainty = _CERTAINTY) -> None:
         self.bench, self.prepare = bench, tuple(prepare)
         self.gradual = Gradual(bench, certainty)
+        self._decisions: DecisionsAhead | None = None
 
     def adapted(self, plan: Plan) -> Plan:
         """The plan as it is measured: in the target's form, without the sites that are computed as they were, with the
         steps unless it brings its own."""
         changed = Plan({name: t for name, t in plan.sites.items() if t != Float()}, plan.prepare, plan.groups)
-        found = self.bench.target.adapt(changed, self.bench.net.record)
+        found = self.bench.adapted(changed)
         return found.replace(prepare=self.prepare) if found.sites and not found.prepare else found
 
     def __call__(self, plan: Plan) -> Evaluation:
         adapted, reference = self.adapted(plan), self.gradual.reference
+        self._collect(adapted)
         got = self.gradual.whole(adapted) if adapted.sites else reference
         lost = drop(reference, got)
         return dataclasses.replace(
@@ -74,6 +83,8 @@ class Evaluator:
     def costs(self, plan: Plan) -> Evaluation:
         """Time, size and energy of the exported file; the drop is not measured."""
         bench, adapted = self.bench, self.adapted(plan)
+        if self._decisions is not None:
+            self._decisions.quiet()
         plain, timing = bench.times([Plan(), adapted])
         artifact = bench.artifact(adapted)
         return Evaluation(
@@ -91,6 +102,7 @@ class Evaluator:
         adapted = self.adapted(plan)
         if not adapted.sites:
             return self(plan)
+        self._collect(adapted)
         found = self.gradual.decide(adapted, limit, patience)
         return Evaluation(
             plan=adapted,
@@ -102,7 +114,131 @@ class Evaluator:
             complete=found.complete,
         )
 
+    def score(self, plan: Plan, split: Split) -> Score:
+        """The metric of an adapted plan, as evaluations measure it: on the runtime where they run there."""
+        if not plan.sites:
+            return self.bench.score(None, split)
+        return self.gradual.whole(plan) if split == "validation" else self.gradual.on(plan, split)
+
     def bound(self, plan: Plan, candidates: int) -> float | None:
         """What the population's drop stays below at the level of the certainty, the plan being one of so many."""
         adapted = self.adapted(plan)
         return self.gradual.bound(adapted, candidates) if adapted.sites else 0.0
+
+    @contextlib.contextmanager
+    def helped(self, executor: Executor) -> Iterator[Evaluator]:
+        """One like this, on the same bench, whose :meth:`ahead` works on that executor while the context is open.
+
+        Only decisions about the drop go there; times are taken here, while no worker has work of ours. Plans that are
+        evaluated on the runtime (``gradual.runner``) stay here: simulated scores would be others.
+        """
+        found = copy.copy(self)
+        found._decisions = ahead = DecisionsAhead(self.gradual, executor)
+        try:
+            yield found
+        except KeyboardInterrupt:
+            ahead.withdraw()
+            raise
+        except BaseException:
+            ahead.quiet()
+            raise
+        ahead.quiet()
+
+    def ahead(self, plans: Sequence[Plan], limit: float, patience: float = 1.0) -> None:
+        """Begin to decide about these on workers (see :class:`Ahead`); nothing without :meth:`helped`.
+
+        Raises :class:`~bitsmith.workers.WorkerError` for a model or task that cannot be sent.
+        """
+        if self._decisions is not None:
+            adapted = [self.adapted(plan) for plan in plans]
+            simulated = [plan for plan in adapted if plan.sites and (plan.prepare or self.gradual.runner is None)]
+            self._decisions.begin(simulated, limit, patience)
+
+    def _collect(self, adapted: Plan) -> None:
+        if self._decisions is not None:
+            self._decisions.collect(adapted)
+
+
+@dataclass
+class _Job:
+    plan: Plan
+    known: int
+    future: Future[Any]
+
+
+class DecisionsAhead:
+    """Decisions about adapted plans, begun on workers before they are asked for. Their scores go to the bench's store,
+    where :meth:`Gradual.decide` finds them: whoever computed them, the decision is the serial one."""
+
+    def __init__(self, gradual: Gradual, executor: Executor) -> None:
+        self.gradual, self.crew = gradual, Crew(executor, gradual.bench.progress.note)
+        self.lost = 0
+        self._jobs: dict[str, _Job] = {}
+        self._recipe: Recipe | None = None
+
+    def begin(self, plans: Sequence[Plan], limit: float, patience: float) -> None:
+        """Have these decided, the first one first; what was begun before and is not among them may be withdrawn."""
+        wanted = {plan.digest(): plan for plan in plans}
+        self.withdraw(wanted)
+        for key, plan in wanted.items():
+            known = None if key in self._jobs or self.crew.broken else self._undecided(plan, limit, patience)
+            future = None if known is None else self._send(plan, limit, patience, known)
+            if known is not None and future is not None:
+                self._jobs[key] = _Job(plan, len(known), future)
+
+    def collect(self, plan: Plan) -> None:
+        """Wait for the job of this plan, if there is one, and keep its scores; an error of the model is raised."""
+        job = self._jobs.pop(plan.digest(), None)
+        if job is not None:
+            self._keep(job)
+
+    def quiet(self) -> None:
+        """Wait until workers have none of our work, so that what is timed next is alone on this machine."""
+        self.withdraw()
+        jobs, self._jobs = self._jobs, {}
+        wait([job.future for job in jobs.values()])
+        for job in jobs.values():
+            # an error is for the one who asks about that plan
+            with contextlib.suppress(Exception):
+                self._keep(job)
+
+    def withdraw(self, but: Collection[str] = ()) -> None:
+        """Take back what has not begun, and wait for nothing. ``but``: digests of plans that stay."""
+        self._jobs = {k: job for k, job in self._jobs.items() if k in but or not self.crew.withdraws(job.future)}
+
+    def _undecided(self, plan: Plan, limit: float, patience: float) -> list[float] | None:
+        """The scores that the store has; None if they decide."""
+        gradual, bench = self.gradual, self.gradual.bench
+        if gradual.why_whole:
+            found = bench.store.get("accuracy", bench.score_key(plan, "validation"))
+            return [] if found is None else None
+        known = gradual._known(plan)
+        if len(known) and gradual._partial(known, limit).within is not None:
+            return None
+        return known.tolist() if len(known) < gradual._total * patience else None
+
+    def _send(self, plan: Plan, limit: float, patience: float, known: list[float]) -> Future[Any] | None:
+        gradual, bench = self.gradual, self.gradual.bench
+        statistics: dict[str, Any] = {}
+        if not plan.prepare:  # a prepared network has ranges of its own
+            tensors = list(place(plan, bench.net.record).tensors)
+            bench.ranges(tensors)
+            statistics = {tensor: bench.net.record.statistics[tensor] for tensor, _ in tensors}
+        if self._recipe is None:
+            self._recipe = recipe_of(bench)
+        given = plan, limit, patience, known, gradual.reference.to_json(), bench.data_key("validation")
+        return self.crew.send(self._recipe, decide_remotely, statistics, gradual.certainty, *given)
+
+    def _keep(self, job: _Job) -> None:
+        got = self.crew.result(job.future)
+        gradual, bench = self.gradual, self.gradual.bench
+        if isinstance(got, Lost):
+            self.lost += 1
+            bench.progress.note(
+                f"lost with its worker ({got.why}): the evaluation of a plan of {len(job.plan)} sites "
+                f"({job.plan.digest()[:12]}); where it is needed it is done again in this process ({self.lost} so far)"
+            )
+        elif gradual.why_whole:
+            bench.store.get_or("accuracy", bench.score_key(job.plan, "validation"), lambda: got)
+        else:
+            keep_scores(gradual, job.plan, got, job.known)

@@ -5,6 +5,7 @@ What was scored is kept in the store: a later question about the same plan goes 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,9 +19,9 @@ from .bench import Bench
 from .compare import Score, drop
 from .data import call, device_of
 from .plan import Plan
-from .runner import Runner
+from .runner import Runner, runner
 from .sampling import Shuffled, shuffled
-from .task import batch_scores, evaluating, score_of
+from .task import Split, batch_scores, evaluating, score, score_of
 
 Scores = NDArray[np.float32]
 
@@ -60,11 +61,11 @@ class Partial:
 
 @dataclass
 class Gradual:
-    """Scores adapted plans of one bench on its validation data. ``runner``: evaluates on the runtime where faster."""
+    """Scores adapted plans of one bench on its validation data. ``run``: on the runtime where that is faster."""
 
     bench: Bench
     certainty: Certainty = field(default_factory=Certainty)
-    runner: Runner | None = None
+    run: bool = True
     _source: Shuffled | None = None
     _bounds: tuple[float, float] | None = None
     _reference: Score | None = None
@@ -74,6 +75,13 @@ class Gradual:
         if task.evaluate is not None or task.draws > 1:
             return
         self._source = shuffled(task.validation, self.bench.seed)
+
+    @functools.cached_property
+    def runner(self) -> Runner | None:
+        """What evaluates on the runtime; None: plans are simulated."""
+        if not self.run or self._source is None:
+            return None
+        return runner(self.bench, self._source.batch(0, self._source.chunk)[0])
 
     @property
     def reference(self) -> Score:
@@ -153,13 +161,23 @@ class Gradual:
         ordered[self._source.order] = scores
         return score_of(ordered, self.bench.task, self.reference.samples)
 
+    def on(self, plan: Plan, split: Split) -> Score:
+        """The score of a whole split, where the validation data are scored: on the runtime or by simulation."""
+        if self.runner is None or plan.prepare:
+            return self.bench.score(plan, split)
+        key = {**self.bench.score_key(plan, split), "on": self.runner.key()}
+        model = _Called(self.runner.scorer(plan))
+        return Score.from_json(
+            self.bench.store.get_or("accuracy", key, lambda: score(model, self.bench.task, split).to_json())
+        )
+
     def bound(self, plan: Plan, candidates: int) -> float | None:
         """What the population's drop stays below, at the level that was asked, the plan being one of so many."""
-        score = self.whole(plan)
-        if self._bounds is None or not len(score.scores):
+        found = self.whole(plan)
+        if self._bounds is None or not len(found.scores):
             return None
         width = self._bounds[1] - self._bounds[0]
-        worse = self._worse(score.scores, self.reference.scores)
+        worse = self._worse(found.scores, self.reference.scores)
         return sequential.upper_bound(worse, -width, width, (1 - self.certainty.level) / candidates)
 
     @property
@@ -196,7 +214,7 @@ class Gradual:
     @contextmanager
     def _scorer(self, plan: Plan) -> Iterator[Callable[[Any], Any]]:
         """What computes the plan's output for a batch of inputs."""
-        if self.runner is not None:
+        if self.runner is not None and not plan.prepare:  # a prepared plan is exported anew, which takes longer
             yield self.runner.scorer(plan)
             return
         changes = bool(plan.sites or plan.prepare)
@@ -206,7 +224,7 @@ class Gradual:
 
     def _key(self, plan: Plan, first: int) -> dict[str, Any]:
         """Of a batch of scores, by the position of its first sample in the random order."""
-        on = "simulation" if self.runner is None else self.runner.key()
+        on = "simulation" if self.runner is None or plan.prepare else self.runner.key()
         return {**self.bench.score_key(plan, "validation"), "order": self.bench.seed, "on": on, "first": first}
 
     def _known(self, plan: Plan) -> Scores:
@@ -226,3 +244,13 @@ class Gradual:
         got = batch_scores(scorer, self.bench.task, inputs, target, where, device_of(self.bench.model))
         self.bench.store.put("scores of samples", self._key(plan, len(known)), got.tolist())
         return np.concatenate([known, got])
+
+
+class _Called:
+    """A function of a batch of inputs, called as a model is: with the tensor, the tensors, or by their names."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(kwargs or (args[0] if len(args) == 1 else args))

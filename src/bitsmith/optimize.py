@@ -8,6 +8,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from .report.data import Report
 from .search import BudgetError, Result, Search, objective, search
 from .search.exact import Exact
 from .sensitivity.base import Sensitivity
-from .sensitivity.one_at_a_time import output_error
+from .sensitivity.inter_layer import DIAGONAL
 from .store import Store, machine_key
 from .targets.base import Artifact, Target
 from .task import Split, Task
@@ -58,13 +59,14 @@ def optimize(
     techniques: Sequence[Technique] | None = None,
     prepare: Sequence[Step] = (),
     method: Search | None = None,
-    sensitivity: Sensitivity = output_error,
+    sensitivity: Sensitivity = DIAGONAL,
     store: Store | str | Path | None = None,
     batch: int = 1,
     seed: int = 0,
     folder: str | Path | None = None,
     progress: Progress | None = None,
     title: str = "",
+    executor: Executor | None = None,
 ) -> Optimized:
     """Profile, search, apply, export, verify, report: the verbs composed.
 
@@ -74,7 +76,7 @@ def optimize(
     without, and a prepared plan takes longer to measure. ``folder``: gets ``plan.json``, the model file,
     ``report.html``, ``report.json`` and, if no ``store`` is given, the store ``runs.db`` from which a killed run
     resumes; without a folder the model file lives as long as the returned artifact. ``batch``: of the times and of
-    the file.
+    the file. ``executor``: workers for the accuracy part of ``profile`` and ``search``; the plan is the same without.
 
     Calibration and validation data are read to choose; ``task.test`` is forwarded once, for the report. Raises
     ``BudgetError`` if no plan meets the budget, after the best one was saved; it carries that one as ``.best``.
@@ -90,11 +92,11 @@ def optimize(
     _dry_run(bench, offered)
     if "mj" in (minimize, *budget.limits) and target.energy(bench.artifact(Plan())) is None:
         raise ValueError(f"{target.name} gives no energy: leave mj out, or take a target that has it")
-    profiled = measure(bench, offered, sensitivity)
+    profiled = measure(bench, offered, sensitivity, executor=executor)
     failure: BudgetError | None = None
     evaluate = Evaluator(bench, prepare)
     try:
-        result = search(profiled, budget, minimize, method or Exact(), evaluate, _told(progress))
+        result = search(profiled, budget, minimize, method or Exact(), evaluate, _told(progress), executor=executor)
     except BudgetError as error:
         failure, result = error, error.best
     finished = _finish(evaluate, profiled, result, budget, place, title)
@@ -138,6 +140,31 @@ def _told(progress: Progress) -> Callable[[str, int, int], None]:
     return tell
 
 
+def _notes(evaluate: Evaluator, profiled: Profile, result: Result) -> tuple[str, ...]:
+    """What the drop was on the samples that chose the plan, what that says of others, and what finding it took."""
+    got, level, total = result.best.evaluation, evaluate.gradual.certainty.level, evaluate.gradual.reference.n
+    found = []
+    if got is not None and got.drop is not None and got.drop_interval is not None:
+        low, high = got.drop_interval
+        chose = f"on the {got.samples} samples that chose the plan the drop is"
+        line = f"{chose} {got.drop:.4f} (95 % {low:.4f} to {high:.4f})"
+        if got.drop_bound is not None:
+            line += f"; in their population it is below {got.drop_bound:.4f} with {level:.0%} confidence"
+            line += f", chosen among {result.candidates} plans"
+        found.append(line)
+    if total:
+        forwarded = (
+            f"the search measured {result.evaluations} plans and forwarded {result.samples / total:.2f} full sets"
+        )
+        found.append(f"{forwarded}; the sensitivity {profiled.spent.passes / total:.2f} (a backward counts two)")
+    if evaluate.gradual.why_whole:
+        found.append(f"every evaluation saw the whole set: {evaluate.gradual.why_whole}")
+    for name in ("not scored", "below 0"):
+        if name in profiled.notes:
+            found.append(f"{name}: {profiled.notes[name]}")
+    return tuple(found)
+
+
 def _finish(
     evaluate: Evaluator, profiled: Profile, result: Result, budget: Budget, folder: Path | None, title: str
 ) -> Optimized:
@@ -155,7 +182,7 @@ def _finish(
     check = verify(net, artifact, task.calibration, target=target, forward=task.forward)
     progress.advance()
     split: Split = "test" if task.test is not None else "validation"
-    float_score, plan_score = bench.score(None, split), bench.score(plan, split)
+    float_score, plan_score = bench.score(None, split), evaluate.score(plan, split)
     progress.advance()
     float_time, plan_time = bench.times([Plan(), plan], rounds=200)
     written = report(
@@ -182,6 +209,7 @@ def _finish(
         settings=target.settings(),
         versions={**artifact.versions, "torch": torch.__version__, "python": platform.python_version()},
         machine=machine_key(),
+        notes=_notes(evaluate, profiled, result),
         seed=bench.seed,
         store={"hits": bench.store.hits, "misses": bench.store.misses},
     )

@@ -7,6 +7,7 @@ import fnmatch
 import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from .plan import Plan, PlanError, decode, encode, known_classes
 from .progress import Progress
 from .scoring import scored
 from .sensitivity.base import Sensitivity, Spent, name_of
-from .sensitivity.one_at_a_time import output_error
+from .sensitivity.inter_layer import DIAGONAL
 from .site import Edge, Site, UnknownSiteError
 from .store import Store
 from .targets.base import Target
@@ -224,26 +225,33 @@ def profile(
     *,
     store: Store | str | Path | None = None,
     batch: int = 1,
-    sensitivity: Sensitivity = output_error,
+    sensitivity: Sensitivity = DIAGONAL,
     patterns: Sequence[str] = ("*",),
     seed: int = 0,
     progress: Progress | None = None,
+    executor: Executor | None = None,
 ) -> Profile:
     """Measure what every site loses and costs under every technique that fits it and that the target supports.
 
     ``patterns``: shell patterns of the sites to decide on; one that matches nothing is an error. ``Float()`` is always
     an option. ``store``: path of a measurement store (or an open one); what it holds is not measured again.
     Reads calibration data only. Times are ms per batch of ``batch``.
+
+    ``executor``: such as a process pool (with the ``spawn`` context), Dask's ``client.get_executor()`` or
+    ``mpi4py.futures``. Sensitivities that yield their scores are shared out over it, choice by choice, and give the
+    same losses; others, and all times, are measured in this process. What is lost with a worker is measured here.
+    Raises :class:`~bitsmith.workers.WorkerError` naming what cannot be sent to a worker.
     """
     bench = Bench.open(model, task, target, store=store, batch=batch, seed=seed, progress=progress)
-    return measure(bench, techniques, sensitivity, patterns)
+    return measure(bench, techniques, sensitivity, patterns, executor)
 
 
 def measure(
     bench: Bench,
     techniques: Sequence[Technique],
-    sensitivity: Sensitivity = output_error,
+    sensitivity: Sensitivity = DIAGONAL,
     patterns: Sequence[str] = ("*",),
+    executor: Executor | None = None,
 ) -> Profile:
     """:func:`profile` with a bench that is already open."""
     record = bench.net.record
@@ -255,7 +263,7 @@ def measure(
             "no technique was given" if sites else f"no site of {', '.join(patterns)} computes with numbers"
         )
         raise ValueError(f"not one site can change on {bench.target.name}: {reasons}")
-    scores = scored(bench, options, sensitivity)
+    scores = scored(bench, options, sensitivity, executor)
     losses = scores.losses
     flow = tuple(record.edges())
     table = _costs(bench, options, flow)

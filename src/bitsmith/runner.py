@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -15,18 +15,17 @@ from torch.utils import _pytree as pytree
 from ._hash import hash_source
 from .bench import Bench
 from .data import batch_size, call
-from .export.program import with_batch
 from .plan import Plan
-from .targets.base import Target, TargetError, example_arrays
+from .targets.base import Array, TargetError, example_arrays
 
 _ROUNDS = 3
 
 
-@dataclass
+@dataclass(frozen=True)
 class Runner:
-    """Runs the exported files of plans on batches of ``bench.batch`` samples; files come from one export of the whole.
-
-    ``structure``: of the model's output, which a file gives as a flat list.
+    """Runs the files of plans that their times are measured with, ``bench.batch`` samples at a time: parts of one
+    exported network, so that none is exported for its accuracy. ``structure``: of the model's output, which a file
+    gives as a flat list.
     """
 
     bench: Bench
@@ -35,73 +34,70 @@ class Runner:
     def key(self) -> dict[str, Any]:
         """What a score that was run depends on besides the plan and the data."""
         target = self.bench.target
-        return {"settings": target.settings(), "target": hash_source(type(target)), "torch": torch.__version__}
+        return {"settings": target.settings(), "target": hash_source(type(target)), "batch": self.bench.batch}
 
     def scorer(self, plan: Plan) -> Callable[[Any], Any]:
-        """The output of a plan for at most ``bench.batch`` samples of inputs."""
-        artifact, target, batch = self.bench.artifact(plan), self.bench.target, self.bench.batch
+        """The output of an adapted plan for a batch of inputs, of any size."""
+        run, step = self.bench.target.opened(self.bench.artifact(plan)), self.bench.batch
 
-        def run(inputs: Any) -> Any:
-            size = batch_size(inputs)
-            found = target.run(artifact, example_arrays(inputs if size == batch else with_batch(inputs, batch)))
-            leaves = [torch.as_tensor(array)[:size] for array in found]
+        def outputs(inputs: Any) -> Any:
+            arrays, size = example_arrays(inputs), batch_size(inputs)
+            parts: list[list[Array]] = []
+            for first in range(0, size, step):
+                # the last ones are filled up with the first sample
+                chosen = np.minimum(np.arange(first, first + step), size - 1)
+                parts.append(run([array[chosen] for array in arrays]))
+            leaves = [torch.from_numpy(np.concatenate(found)[:size]) for found in zip(*parts, strict=True)]
             return pytree.tree_unflatten(leaves, self.structure)
 
-        return run
+        return outputs
 
 
-def runner(bench: Bench, everywhere: Plan, inputs: Any) -> Runner | None:
-    """A runner for batches like ``inputs``, or None where the target runs nothing or simulating is not slower.
+def runner(bench: Bench, inputs: Any) -> Runner | None:
+    """A runner for batches like ``inputs``, or None where the target runs nothing, files and model have not one form,
+    or simulating is faster.
 
-    ``everywhere``: the adapted plan whose parts will be evaluated. Both ways are timed on that plan and those inputs;
-    the choice is kept in the store, so that a resumed run makes the same one.
+    The float network is timed both ways; the choice is kept in the store, so that a resumed run makes the same.
     """
-    if type(bench.target).write is Target.write or bench.target.source != "measured" or bench.task.forward is not None:
+    if bench.target.source != "measured" or bench.task.forward is not None:
         return None
-    key: dict[str, Any] = {**bench.model_key, "target": bench.target.settings(), "plan": bench.plan_key(everywhere)}
-    key |= {"batch": batch_size(inputs), "threads": torch.get_num_threads()}
-    chosen = bench.store.get("evaluated on", key)
-    if chosen == "simulation":
-        return None
+    found, mend = None, ""
     try:
-        found, ratio = _tried(bench, everywhere, inputs, timed=chosen is None)
-    except TargetError as error:
-        bench.progress.note(f"plans are evaluated by simulation: {error}")
-        found, ratio = None, 1.0
-    if found is None or ratio >= 1.0:
-        bench.store.put("evaluated on", key, "simulation")
+        found = _runner(bench, inputs)
+    except (TargetError, ValueError) as error:
+        mend = f": {error}"
+    if found is None:
+        bench.progress.note(f"plans are evaluated by simulation, files of {bench.target.name} cannot be run so{mend}")
         return None
-    bench.store.put("evaluated on", key, "runtime")
-    return found
+    key: dict[str, Any] = {**bench.model_key, **found.key(), "samples": batch_size(inputs)}
+    key["threads"] = torch.get_num_threads()
+    on = bench.store.get_or("evaluated on", key, lambda: _faster(found, inputs))
+    return found if on == "runtime" else None
 
 
-def _tried(bench: Bench, everywhere: Plan, inputs: Any, timed: bool) -> tuple[Runner | None, float]:
-    """The runner, and its time over the simulation's; (None, 1) where files and model do not have one form."""
+def _runner(bench: Bench, inputs: Any) -> Runner | None:
+    """None if the model's output is not made of tensors with the samples along their first axis."""
     with torch.no_grad():
         output = call(bench.model, inputs, None)
-    leaves, structure = pytree.tree_flatten(_plain(output))
+    leaves, structure = pytree.tree_flatten(dict(output) if isinstance(output, Mapping) else output)
     size = batch_size(inputs)
-    same_axis = all(isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == size for leaf in leaves)
-    own = dataclasses.replace(bench, batch=size, folder=bench.folder / f"batch{size}", _artifacts={}, _whole=None)
-    own.folder.mkdir(parents=True, exist_ok=True)
-    own.everywhere(everywhere)
-    found = Runner(own, structure)
-    if not same_axis or len(own.artifact(everywhere).outputs) != len(leaves):
-        return None, 1.0
-    if not timed:
-        return found, 0.0
-    net, run = bench.simulate(everywhere), found.scorer(everywhere)
+    if not all(isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == size for leaf in leaves):
+        return None
+    found = Runner(bench, structure)
+    again = pytree.tree_leaves(found.scorer(Plan())(inputs))
+    same = len(again) == len(leaves) and all(a.shape == b.shape for a, b in zip(again, leaves, strict=True))
+    return found if same else None
+
+
+def _faster(found: Runner, inputs: Any) -> str:
+    run = found.scorer(Plan())
     with torch.no_grad():
-        simulated = _least_seconds(lambda: call(net, inputs, None))
-    return found, _least_seconds(lambda: run(inputs)) / max(simulated, 1e-9)
+        simulated = _seconds(lambda: call(found.bench.model, inputs, None))
+    return "runtime" if _seconds(lambda: run(inputs)) < simulated else "simulation"
 
 
-def _plain(output: Any) -> Any:
-    """An output object (as Hugging Face models give) as a mapping of its tensors."""
-    return dict(output) if isinstance(output, Mapping) else output
-
-
-def _least_seconds(work: Callable[[], Any]) -> float:
+def _seconds(work: Callable[[], Any]) -> float:
+    """The least of a few."""
     work()
     seconds = []
     for _ in range(_ROUNDS):

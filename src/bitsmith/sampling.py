@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -35,18 +35,31 @@ class Shuffled:
 def shuffled(loader: Any, seed: int) -> Shuffled | None:
     """The samples of a loader in random order, drawn without replacement; nothing is copied but one batch at a time.
 
-    A list of batches of one shape (however many samples each), or a ``DataLoader`` over a dataset of single samples, in
-    order. None for others: their samples can only be read one after the other.
+    A list of batches of one shape (however many samples each), a ``DataLoader`` over a dataset of single samples, in
+    order, or a loader with ``samples``, ``batch`` (both int) and ``take(indices) -> (inputs, target)``. None for
+    others: their samples can only be read one after the other.
     """
     source: _Source | None = None
     if isinstance(loader, DataLoader):
         source = _Samples.of(loader)
     elif isinstance(loader, Sequence) or (isinstance(loader, Unlabelled) and isinstance(loader.loader, Sequence)):
         source = _Batches.of(loader)
+    elif isinstance(loader, RandomAccess):
+        source = _Read(loader, loader.samples, loader.batch)
     if source is None:
         return None
     order = np.random.default_rng(seed).permutation(source.total)
     return Shuffled(source, order, source.chunk)
+
+
+@runtime_checkable
+class RandomAccess(Protocol):
+    """A loader that can give any of its ``samples``; ``batch``: how many it gives at a time."""
+
+    samples: int
+    batch: int
+
+    def take(self, indices: Sequence[int]) -> tuple[Any, Any]: ...
 
 
 class _Source(Protocol):
@@ -95,6 +108,16 @@ class _Samples:
     def take(self, indices: Sequence[int]) -> tuple[Any, Any]:
         collate = self.loader.collate_fn
         return next(items([collate([self.loader.dataset[index] for index in indices])], "validation"))
+
+
+class _Read:
+    """A loader that can give any of its samples."""
+
+    def __init__(self, loader: RandomAccess, total: int, chunk: int) -> None:
+        self.loader, self.total, self.chunk = loader, total, chunk
+
+    def take(self, indices: Sequence[int]) -> tuple[Any, Any]:
+        return next(items([self.loader.take(indices)], "validation"))
 
 
 def _form(value: Any, size: int) -> Any:

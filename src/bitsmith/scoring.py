@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor, Future, as_completed
 from typing import Any
 
 from ._hash import hash_json, hash_source
 from .bench import Bench
 from .costs import Option
-from .data import batch_size, items
 from .metrics import source_digest
 from .plan import Plan
 from .sensitivity.base import Meter, Pair, Scores, Sensitivity, Spent
 from .technique import Technique
 from .techniques.float_ import Float
+from .workers import Counted, Crew, Lost, recipe_of, score_pairs
+
+_SHARES, _LARGEST = 8, 8
+"""Jobs that pairs are split into, at least, and pairs a job, at most: each job forwards the float network once more."""
 
 
-def scored(bench: Bench, options: Mapping[str, Sequence[Option]], sensitivity: Sensitivity) -> Scores:
-    """The scores of every choice, from the store or measured; what could not be scored counts as the worst that was."""
+def scored(
+    bench: Bench,
+    options: Mapping[str, Sequence[Option]],
+    sensitivity: Sensitivity,
+    executor: Executor | None = None,
+) -> Scores:
+    """The scores of every choice, from the store or measured; what could not be scored counts as the worst that was.
+
+    ``executor``: pairs are shared out over its workers if the sensitivity is a generator.
+    """
     pairs = [(site, o.technique) for site, rows in options.items() for o in rows if o.technique != Float()]
     keys = {pair: _score_key(bench, Plan({pair[0]: pair[1]}), sensitivity) for pair in pairs}
     whole_key = {"pairs": [keys[pair] for pair in pairs]}
@@ -31,7 +43,7 @@ def scored(bench: Bench, options: Mapping[str, Sequence[Option]], sensitivity: S
         found: dict[Pair, float] = {pair: float(loss) for pair, loss in known.items() if loss is not None}
         scores = Scores(found)
         if missing:
-            scores = _measured(bench, pairs, missing, keys, sensitivity, found)
+            scores = _measured(bench, pairs, missing, keys, sensitivity, found, executor)
             if scores.cross or scores.skipped or scores.spent.passes or scores.notes:
                 bench.store.put("scores", whole_key, _scores_to_json(scores, pairs))
     worst: dict[Technique, float] = {}
@@ -50,6 +62,7 @@ def _measured(
     keys: Mapping[Pair, Mapping[str, Any]],
     sensitivity: Sensitivity,
     known: dict[Pair, float],
+    executor: Executor | None = None,
 ) -> Scores:
     bench.progress.start(f"measuring what {len(missing)} of {len(pairs)} choices lose", len(missing))
     sites = bench.net.record.sites
@@ -61,34 +74,69 @@ def _measured(
             if fmt is not None and not operand.constant
         ]
     )
-    meter, counted = Meter(), _Counted(bench.task.calibration)
+    meter, counted = Meter(), Counted(bench.task.calibration)
     task = dataclasses.replace(bench.task, calibration=counted)
-    got = sensitivity(bench.model, task, missing, bench.simulate)
+    got = sensitivity(bench.model, task, missing, bench.trial)
     if isinstance(got, Scores):
         if len(missing) < len(pairs):  # what pairs lose together is measured together
-            got = sensitivity(bench.model, task, pairs, bench.simulate)
+            got = sensitivity(bench.model, task, pairs, bench.trial)
             assert isinstance(got, Scores)
         bench.progress.advance(len(missing))
         return got
+    if executor is not None and isinstance(got, types.GeneratorType):
+        got.close()  # nothing of it has run yet
+        found, meter.forwards, missing = _shared(bench, missing, keys, sensitivity, executor)
+        known |= found
+        got = sensitivity(bench.model, task, missing, bench.trial) if missing else iter(())
+    assert not isinstance(got, Scores)
     for pair, loss in zip(missing, got, strict=True):
         known[pair] = float(loss)
         bench.store.put("sensitivity", keys[pair], float(loss))
         bench.progress.advance()
-    meter.forwards = counted.samples
+    meter.forwards += counted.samples
     return Scores(known, spent=meter.spent())
 
 
-class _Counted:
-    """A loader that counts the samples that were read from it."""
-
-    def __init__(self, loader: Iterable[Any]) -> None:
-        self.loader = loader
-        self.samples = 0
-
-    def __iter__(self) -> Iterator[tuple[Any, Any]]:
-        for inputs, target in items(self.loader, "calibration"):
-            self.samples += batch_size(inputs)
-            yield inputs, target
+def _shared(
+    bench: Bench,
+    missing: Sequence[Pair],
+    keys: Mapping[Pair, Mapping[str, Any]],
+    sensitivity: Sensitivity,
+    executor: Executor,
+) -> tuple[dict[Pair, float], int, list[Pair]]:
+    """What workers measured, the samples that took, and the pairs that were lost with a worker."""
+    size = min(_LARGEST, -(-len(missing) // _SHARES))
+    shares = [missing[k : k + size] for k in range(0, len(missing), size)]
+    crew, recipe = Crew(executor, bench.progress.note), recipe_of(bench, validation=False)
+    chosen = bench.chosen.known({technique for _, technique in missing}) if bench.choose else {}
+    statistics = dict(bench.net.record.statistics)
+    jobs: dict[Future[Any], Sequence[Pair]] = {}
+    found: dict[Pair, float] = {}
+    samples, why = 0, ""
+    try:
+        for share in shares:
+            future = crew.send(recipe, score_pairs, statistics, share, sensitivity, chosen)
+            if future is not None:
+                jobs[future] = share
+        for future in as_completed(jobs):
+            got = crew.result(future)
+            if isinstance(got, Lost):
+                why = got.why
+                continue
+            losses, forwarded = got
+            samples += forwarded
+            for pair, loss in zip(jobs[future], losses, strict=True):
+                found[pair] = loss
+                bench.store.put("sensitivity", keys[pair], loss)
+            bench.progress.advance(len(losses))
+    finally:
+        for future in jobs:
+            crew.withdraws(future)
+    left = [pair for pair in missing if pair not in found]
+    if why:
+        named = ", ".join(f"{technique} at {site}" for site, technique in left)
+        bench.progress.note(f"lost with a worker ({why}): {len(left)} choices, measured in this process: {named}")
+    return found, samples, left
 
 
 def _scores_to_json(scores: Scores, pairs: Sequence[Pair]) -> dict[str, Any]:
@@ -118,7 +166,7 @@ def _score_key(bench: Bench, plan: Plan, sensitivity: Sensitivity) -> dict[str, 
     return {
         **bench.model_key,
         "data": bench.calibration_key,
-        "plan": bench.plan_key(plan),
+        "plan": bench.plan_key(bench.refined(plan)),
         "sensitivity": _digest(sensitivity),
         "loss": source_digest(bench.task.loss) if bench.task.loss is not None else None,
         "seed": bench.seed,

@@ -13,7 +13,7 @@ Waudby-Smith and Ramdas, Estimating means of bounded random variables by betting
 the capital of either sign and the inversion to an interval (section 4, hedged capital, here as two one-sided tests),
 fixed fractions averaged instead of one learned (diversified Kelly betting), and the mean of the rest when sampling
 without replacement (section 5). The same authors, Confidence sequences for sampling without replacement, NeurIPS 2020,
-arXiv:2006.04347: why the latter ends in certainty when all are seen.
+arXiv:2006.04347: sequences that account for the finite set, and so for what is left of it.
 """
 
 from __future__ import annotations

@@ -34,7 +34,11 @@ CORE = {
 }
 """Module -> distribution of what Bitsmith always needs."""
 
-EXTRAS = {"openvino": ("openvino", "openvino"), "sklearn": ("scikit-learn", "demo")}
+EXTRAS = {
+    "openvino": ("openvino", "openvino"),
+    "sklearn": ("scikit-learn", "demo"),
+    "optuna": ("optuna", "explore"),
+}
 """Module -> distribution and extra of what it may use."""
 
 FAST_INT8 = {

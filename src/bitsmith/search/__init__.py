@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from ..plan import Budget
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+from ..plan import Budget, Plan
 from ..profile import Profile
-from .base import QUANTITIES, BudgetError, Evaluate, Evaluation, Point, Progress, Result, Search
+from ..workers import Crew, Lost, WorkerError, call_remotely, packed
+from .base import QUANTITIES, BudgetError, Evaluate, Evaluation, Point, Progress, Result, Search, Shared, Staged
 from .exact import Exact
 
 __all__ = ["BudgetError", "Evaluate", "Evaluation", "Point", "Progress", "Result", "Search", "search"]
@@ -17,6 +23,8 @@ def search(
     method: Search = Exact(),  # noqa: B008 (a frozen value)
     evaluate: Evaluate | None = None,
     progress: Progress | None = None,
+    *,
+    executor: Executor | None = None,
 ) -> Result:
     """The plan of least ``minimize`` (``ms``, ``mib``, ``mj`` or ``drop``) within the budget, and the frontier.
 
@@ -24,6 +32,14 @@ def search(
     without it the result is labelled ``predicted`` and cannot keep a ``drop``, which is measured, never predicted.
     Raises ``ValueError`` for a question that the profile cannot answer, :class:`BudgetError` if no plan meets the
     budget.
+
+    ``executor``: such as a process pool (with the ``spawn`` context), Dask's ``client.get_executor()`` or
+    ``mpi4py.futures``. The search decides as without it and gives the same result; workers score, ahead, plans that it
+    may ask about next (:class:`~bitsmith.searches.Exact` and :class:`~bitsmith.searches.Bisection` say which), and the
+    scores are kept in the evaluator's store. Times are taken in this process, while no worker has work of ours. What is
+    lost with a worker is done here, with a note. A plain function as ``evaluate`` is called whole on workers, several
+    at a time: leave the executor out if it takes times. Raises :class:`~bitsmith.workers.WorkerError` for a model or
+    task that cannot be sent.
     """
     minimize = objective(budget, minimize)
     _check_changeable(profile)
@@ -39,7 +55,81 @@ def search(
             f"Budget(drop={budget.drop}) needs evaluate=: losses of sites do not add up to a drop of the metric. "
             "Pass evaluate=bitsmith.evaluator(model, task, target), or limit ms, mib or mj only"
         )
-    return method.search(profile, budget, minimize, evaluate, progress)
+    with _helped(evaluate, executor, progress) as measured:
+        return method.search(profile, budget, minimize, measured, progress)
+
+
+@contextmanager
+def _helped(
+    evaluate: Evaluate | None, executor: Executor | None, progress: Progress | None
+) -> Iterator[Evaluate | None]:
+    """What measures plans, with the executor's help if it can have any."""
+
+    def note(text: str) -> None:
+        if progress is not None:
+            progress(text, 1, 1)
+
+    if executor is None or evaluate is None:
+        yield evaluate
+    elif isinstance(evaluate, Shared):
+        with evaluate.helped(executor) as found:
+            yield found
+    elif isinstance(evaluate, Staged):
+        note("workers are not used: this evaluate= has no helped()")
+        yield evaluate
+    else:
+        work = None
+        if not isinstance(executor, ThreadPoolExecutor):
+            try:
+                work = packed(evaluate, {"evaluate": evaluate})
+            except WorkerError as error:
+                note(f"one plan at a time: {error}")
+                yield evaluate
+                return
+        calls = _CallsAhead(evaluate, work, Crew(executor, note))
+        try:
+            yield calls
+        finally:
+            calls.withdraw()
+
+
+class _CallsAhead:
+    """A plain function of a plan, called on workers before its result is asked for."""
+
+    def __init__(self, function: Evaluate, work: bytes | None, crew: Crew) -> None:
+        self.function, self.work, self.crew = function, work, crew
+        self.lost = 0
+        self._jobs: dict[str, Future[Any]] = {}
+
+    def __call__(self, plan: Plan) -> Evaluation:
+        future = self._jobs.pop(plan.digest(), None)
+        got = Lost("") if future is None else self.crew.result(future)
+        if not isinstance(got, Lost):
+            found: Evaluation = got
+            return found
+        if got.why:
+            self.lost += 1
+            self.crew.note(
+                f"lost with its worker ({got.why}): a plan of {len(plan)} sites, measured here ({self.lost} so far)"
+            )
+        return self.function(plan)
+
+    def ahead(self, plans: Sequence[Plan], limit: float, patience: float = 1.0) -> None:
+        wanted = {plan.digest(): plan for plan in plans}
+        self.withdraw(wanted)
+        for key, plan in wanted.items():
+            future = None if key in self._jobs or self.crew.broken else self._send(plan)
+            if future is not None:
+                self._jobs[key] = future
+
+    def withdraw(self, but: Collection[str] = ()) -> None:
+        """Take back what has not begun, and wait for nothing. ``but``: plans that stay, by digest."""
+        self._jobs = {k: f for k, f in self._jobs.items() if k in but or not self.crew.withdraws(f)}
+
+    def _send(self, plan: Plan) -> Future[Any] | None:
+        if self.work is None:
+            return self.crew.submit(self.function, plan)
+        return self.crew.submit(call_remotely, self.work, packed(plan, {"the plan": plan}))
 
 
 def objective(budget: Budget, minimize: str | None) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
@@ -77,6 +79,25 @@ class Staged(Protocol):
 
     def bound(self, plan: Plan, candidates: int) -> float | None:
         """What the population's drop stays below, the plan being chosen among so many that were fixed beforehand."""
+        ...
+
+
+@runtime_checkable
+class Ahead(Protocol):
+    """An evaluator that can begin to measure plans, elsewhere, before it is asked about them. Optional."""
+
+    def ahead(self, plans: Sequence[Plan], limit: float, patience: float = 1.0) -> None:
+        """These may be asked about next with that limit and patience, the first one at once. What was announced before
+        and is not among them may be forgotten."""
+        ...
+
+
+@runtime_checkable
+class Shared(Protocol):
+    """An evaluator whose work can be shared with an executor. Optional."""
+
+    def helped(self, executor: Executor) -> AbstractContextManager[Evaluate]:
+        """One like it, that works :class:`Ahead` on the executor while the context is open."""
         ...
 
 

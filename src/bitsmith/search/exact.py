@@ -26,13 +26,15 @@ class Exact(Search):
     sites lose together is shared between them, as if every other site had the same technique.
     ``points``: loss limits on the ladder. ``max_evaluations``: plans measured at most, the float plan included.
     ``margin``: a plan predicted worse than the best measured one by more than this fraction is not measured.
-    ``passes``: full evaluation sets that may be forwarded in all, the whole evaluation of what is returned included;
-    more only until one keeps the drop. ``seconds``: after that nothing new is begun.
+    ``patience``: the share of the evaluation set after which a plan that is still undecided and looks as if it did not
+    keep the drop is left. ``passes``: full evaluation sets that may be forwarded in all, the whole evaluation of what
+    is returned included; more only until one keeps the drop. ``seconds``: after that nothing new is begun.
     """
 
     points: int = 24
     margin: float = 0.1
     max_evaluations: int = 12
+    patience: float = 0.5
     passes: float = 2.0
     seconds: float | None = None
 
@@ -72,7 +74,9 @@ class Exact(Search):
             return predicted(points, budget, minimize)
 
         control = program.point(program.control)
-        trials = Trials(evaluate, self.max_evaluations, budget, minimize, control, progress, seconds=self.seconds)
+        trials = Trials(
+            evaluate, self.max_evaluations, budget, minimize, control, progress, self.patience, self.seconds
+        )
         candidates = {key_of(control.plan)}
         with trials.interruptible(None):
             trials.whole(control)

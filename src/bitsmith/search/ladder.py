@@ -55,6 +55,9 @@ def bisect(trials: Trials, points: Sequence[Point], fails_first: bool) -> int:
     low, high = -1, len(points)
     middle = 0 if fails_first else high - 1
     while high - low > 1 and not trials.spent:
+        if not fails_first:
+            following = [(a + b) // 2 for a, b in ((low, middle), (middle, high)) if b - a > 1]
+            trials.ahead([points[k] for k in (middle, *following)])
         if holds(points[middle]) is fails_first:
             high = middle
         else:
@@ -67,19 +70,36 @@ def descend(trials: Trials, points: Sequence[Point], passes: float) -> int:
     """The last point found to keep the drop, from the far end down: after each that does not, where the drop would be
     at the limit if it went with the loss. -1: none.
 
-    Each is decided with certainty: what is close to the limit takes most of the set, and is then evaluated whole
-    anyway. Faster points than one that keeps it are tried while ``passes`` leave room for a whole evaluation.
+    What looks after ``patience`` as if it kept the drop is decided with certainty: it is evaluated whole anyway. Faster
+    points than one that keeps it are tried while ``passes`` leave room for a whole evaluation.
     """
     low, high, index = -1, len(points), len(points) - 1
     while high - low > 1 and not trials.spent:
-        if trials.keeps(points[index]):
+        trials.ahead([points[k] for k in (index, *_following(trials, points, low, index, high))])
+        if trials.keeps(points[index]) and trials.holds(points[index]):
             low = index
             if trials.used + 1.0 + trials.left(points[low]) > passes:
                 break
             index = (low + high) // 2
         else:
             high = index
-            target = trials.tolerable(points[index])
-            below = [k for k in range(low + 1, high) if points[k].loss <= target]
-            index = max(below, default=low + 1)
+            index = _tolerable(trials, points, low, high)
     return low
+
+
+def _tolerable(trials: Trials, points: Sequence[Point], low: int, high: int) -> int:
+    """Where between these the drop would be at the limit, if it went with the loss as at ``high``."""
+    target = trials.tolerable(points[high])
+    below = [k for k in range(low + 1, high) if points[k].loss <= target]
+    return max(below, default=low + 1)
+
+
+def _following(trials: Trials, points: Sequence[Point], low: int, index: int, high: int) -> list[int]:
+    """What may come after ``index`` while its drop is not known: after one that fails a guess, nearby once a drop has
+    been seen, as that put ``index`` close to the limit."""
+    found = []
+    if index - low > 1:
+        found.append(index - 1 if high < len(points) else _tolerable(trials, points, low, index))
+    if high - index > 1:
+        found.append((index + high) // 2)
+    return found

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from ..plan import Budget, Plan
 from .base import (
+    Ahead,
     BudgetError,
     Evaluate,
     Evaluation,
@@ -79,6 +80,14 @@ class Trials:
         if known is None or (known.within is None and known.drop is None):
             self._learn(point, lambda staged: staged.decide(point.plan, limit, self.patience))
         return "drop" not in self._of(point).missed(self.budget)
+
+    def ahead(self, points: Iterable[Point]) -> None:
+        """Tell an evaluator that can work ahead what :meth:`keeps` may be asked about next, the first point at once."""
+        limit = self.budget.drop
+        if limit is not None and isinstance(self.evaluate, Ahead):
+            known = {key for key, point in self.seen.items() if _has_drop(point)}
+            waiting = {key_of(point.plan): point.plan for point in points if key_of(point.plan) not in known}
+            self.evaluate.ahead(list(waiting.values())[: self.most - len(self.seen)], limit, self.patience)
 
     def whole(self, point: Point) -> Point:
         """The point measured whole; each plan once."""
@@ -166,7 +175,7 @@ class Trials:
             if point is None:
                 break
             tried.add(key_of(point.plan))
-            if self._holds(point) and not self.whole(point).missed(self.budget):
+            if self.holds(point) and not self.whole(point).missed(self.budget):
                 return
         if not self.finished() or self.best().missed(self.budget):
             # nothing meets the budget: the one that is closest is known whole
@@ -207,7 +216,7 @@ class Trials:
         got = point.evaluation
         return got is not None and got.drop is not None and got.certain and "drop" in point.missed(self.budget)
 
-    def _holds(self, point: Point) -> bool:
+    def holds(self, point: Point) -> bool:
         """Whether the drop is within the limit, with certainty: no patience."""
         limit = self.budget.drop
         if limit is not None and isinstance(self.evaluate, Staged) and not self._refuted(point):

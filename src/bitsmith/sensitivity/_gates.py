@@ -54,12 +54,13 @@ class Gates:
 class _Gated(Cell):
     """A site behind its gates. ``cells``: (index of the gate, the technique's cell)."""
 
-    def __init__(self, site: Site, cells: Sequence[tuple[int, Cell]], gates: Gates) -> None:
+    def __init__(self, site: Site, cells: Sequence[tuple[int, Cell]], gates: Gates, host: nn.Module) -> None:
         super().__init__(site)
         self.inner = tuple(cells)  # a tuple keeps them out of this module's state
         self.gates = gates
         # a normalisation that one cell absorbs is absorbed for all: what is compared is behind it
-        self.norm = next((cell.norm for _, cell in cells if cell.norm), ())
+        if site.fold is not None and any(cell.norm for _, cell in cells):
+            self.norm = (host.get_submodule(site.fold.module),)
 
     def forward(self, *operands: Any, **rest: Any) -> Any:
         module = rest.get("inner")
@@ -114,7 +115,7 @@ def gated(pairs: Sequence[Pair], simulate: Callable[[Plan], nn.Module]) -> Gated
         raise ValueError("gated(pairs=[]): there is nothing to score")
     computer = computer_of(host)
     for site, inner in cells.items():
-        found = _Gated(computer.record_sites[site], inner, gates)
+        found = _Gated(computer.record_sites[site], inner, gates, host)
         computer.cells[site] = found
         fold = computer.record_sites[site].fold
         if found.norm and fold is not None:

@@ -31,12 +31,12 @@ class InterLayer:
     Hessian of the loss by these outputs. The abstract says that dependencies between layers enter, not how: this form
     is ours.
 
-    ``form="gauss_newton"``: ``J' H_out J`` with the Hessian ``H_out`` of what is lost by the network's output (Schraudolph
-    2002): never negative. ``draws`` random directions of it for each sample, one backward each, give all pairs at once.
-    ``of="output"``: what is lost is the squared error of the output, relative to its power; ``"loss"``: the task's loss
-    (of outputs with more than 1024 numbers a sample, its empirical Fisher matrix). On confident networks the second is
-    nearly 0 wherever the first is not, and orders worse. ``form="hessian"``: the Hessian of the task's loss, one
-    Hessian-vector product for each pair.
+    ``form="gauss_newton"``: ``J' H_out J`` with the Hessian ``H_out`` of what is lost by the network's output
+    (Schraudolph 2002): never negative. ``draws`` random directions of it for each sample, one backward each, give all
+    pairs at once. ``of="output"``: what is lost is the squared error of the output, relative to its power; ``"loss"``:
+    the task's loss (of outputs with more than 1024 numbers a sample, its empirical Fisher matrix). On confident
+    networks the second is nearly 0 wherever the first is not, and orders worse. ``form="hessian"``: the Hessian of the
+    task's loss, one Hessian-vector product for each pair.
 
     ``samples``: of the calibration data, at most. ``mu`` weights what two sites lose together; 0 leaves the plain
     diagonal. ``shrink``: each such term by ``1 - (standard error / mean)^2``, at least 0, as most are nothing but noise
@@ -181,3 +181,7 @@ def _shrunk(total: Matrix, squares: Matrix, count: int, draws: int) -> Matrix:
     np.fill_diagonal(kept, 1.0)
     shrunk: Matrix = total * kept
     return shrunk
+
+
+DIAGONAL = InterLayer(mu=0.0)
+"""The default of ``profile`` and ``optimize``: each site alone, all of them from one forward and backward."""

@@ -6,7 +6,7 @@ import hashlib
 import json
 import statistics
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -233,6 +233,10 @@ class Target(ABC):
     @abstractmethod
     def run(self, artifact: Artifact, inputs: Sequence[Array], tensors: Sequence[str] = ()) -> list[Array]:
         """The outputs for one batch; with ``tensors`` (names as in ``artifact.values``) those values instead."""
+
+    def opened(self, artifact: Artifact) -> Callable[[Sequence[Array]], list[Array]]:
+        """:meth:`run` of an artifact's outputs for many batches: its file is read once."""
+        return lambda inputs: self.run(artifact, inputs)
 
     @abstractmethod
     def inspect(self, artifact: Artifact) -> Mapping[str, Realised]:

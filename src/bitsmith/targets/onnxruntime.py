@@ -7,7 +7,7 @@ import functools
 import json
 import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -182,6 +182,14 @@ class OnnxRuntime(Target):
         if produced:
             found = dict(zip(produced, session.run(produced, feed), strict=True))
         return [np.asarray(found[name] if name in found else feed[name]) for name in wanted]
+
+    def opened(self, artifact: Artifact) -> Callable[[Sequence[Array]], list[Array]]:
+        session, wanted = self._open(artifact.path), list(artifact.outputs)
+
+        def run(inputs: Sequence[Array]) -> list[Array]:
+            return [np.asarray(found) for found in session.run(wanted, _feed(artifact, checked(artifact, inputs)))]
+
+        return run
 
     # -- times -----------------------------------------------------------------------------------------------------
 

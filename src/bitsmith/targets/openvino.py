@@ -7,7 +7,7 @@ import functools
 import re
 import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -205,6 +205,16 @@ class OpenVino(Target):
             np.array(arrays[fed.index(name)] if name in fed else found[compiled.output(name)])
             for name in values or artifact.outputs
         ]
+
+    def opened(self, artifact: Artifact) -> Callable[[Sequence[Array]], list[Array]]:
+        compiled = self._open(artifact.path)
+        request = compiled.create_infer_request()
+
+        def run(inputs: Sequence[Array]) -> list[Array]:
+            found = request.infer(checked(artifact, inputs))
+            return [np.array(found[compiled.output(name)]) for name in artifact.outputs]
+
+        return run
 
     # -- times -----------------------------------------------------------------------------------------------------
 

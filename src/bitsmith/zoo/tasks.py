@@ -6,7 +6,7 @@ one part to another. ``tell`` gets a line on each part.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from .text import HEAD_SENTENCES, LENGTH, sst2_train, tokenize
 
 Tell = Callable[[str], object]
 
-Read = Callable[[slice], tuple[Any, Tensor]]
+Read = Callable[[Any], tuple[Any, Tensor]]
 
 SPEECH_PARTS = {"calibration": 0.1, "validation": 0.3}
 """Shares of the clips of Speech Commands; the others test."""
@@ -42,7 +42,8 @@ IMAGENET_VALIDATION = 300
 
 
 class Batches:
-    """A loader that makes each batch when it is asked for: ``read(slice)`` gives ``(inputs, target)``."""
+    """A loader that makes each batch when it is asked for: ``read`` of a slice or of int64 indices [n] gives ``(inputs,
+    target)``. With :meth:`take` an evaluation can read it in random order."""
 
     def __init__(self, samples: int, batch: int, read: Read) -> None:
         if batch < 1:
@@ -51,6 +52,10 @@ class Batches:
 
     def __len__(self) -> int:
         return -(-self.samples // self.batch)
+
+    def take(self, indices: Sequence[int]) -> tuple[Any, Tensor]:
+        """``(inputs, target)`` of these samples."""
+        return self.read(np.asarray(indices, np.int64))
 
     def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
         return (
@@ -103,7 +108,7 @@ def cifar_task(
 def _labelled(
     inputs: NDArray[Any], classes: NDArray[np.int64], batch: int, convert: Callable[[NDArray[Any]], NDArray[np.float32]]
 ) -> Batches:
-    def read(chosen: slice) -> tuple[Tensor, Tensor]:
+    def read(chosen: Any) -> tuple[Tensor, Tensor]:
         return torch.from_numpy(convert(inputs[chosen])), torch.from_numpy(classes[chosen])
 
     return Batches(len(classes), batch, read)

@@ -1,0 +1,107 @@
+"""The range methods that a search's plans take: chosen once for each technique, with it at every site that it can have.
+
+So a site is quantized alike wherever it is quantized, in every plan, and files of plans stay parts of one another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from .model.network import Network
+from .plan import Plan
+from .prepare.ranges import choose_ranges
+from .site import Format, Range
+from .store import Store
+from .targets.base import Target
+from .technique import Technique
+
+_RANGES = ("range", "weight_range")
+
+
+class ChosenRanges:
+    """The choices for one network on one target, from the store or made on the calibration data when first needed.
+
+    ``key``: what they depend on besides technique and code. A technique that names a range method keeps it.
+    """
+
+    def __init__(self, net: Network, target: Target, calibration: Any, store: Store, key: dict[str, Any]) -> None:
+        self.net, self.target, self.calibration = net, target, calibration
+        self.store, self.key = store, key
+        self._plans: dict[Technique, Plan] = {}
+
+    def known(self, techniques: Iterable[Technique]) -> dict[Technique, Plan]:
+        """The choices for these techniques, by technique: what a worker is sent."""
+        for technique in techniques:
+            self.refined(Plan(dict.fromkeys(self.net.record.sites, technique)))
+        return dict(self._plans)
+
+    def take(self, plans: Mapping[Technique, Plan]) -> None:
+        """Choices that were made elsewhere."""
+        self._plans.update(plans)
+
+    def refined(self, plan: Plan, note: Callable[[Technique], None] = lambda _: None) -> Plan:
+        """An adapted plan (or one that is not) with the chosen methods in the place of min/max."""
+        sites: dict[str, Technique] = {}
+        for name, technique in plan.sites.items():
+            plain = _plain(technique)
+            if plain is None or not _open(technique):
+                sites[name] = technique
+                continue
+            if plain not in self._plans:
+                note(plain)
+                self._plans[plain] = self._choose(plain)
+            sites[name] = _with(technique, self._plans[plain].get(name))
+        return plan.replace(sites=sites, groups=_alike(plan, sites))
+
+    def _choose(self, technique: Technique) -> Plan:
+        record = self.net.record
+        everywhere = Plan(
+            {
+                name: technique
+                for name, site in record.sites.items()
+                if site.role == "integer" and technique.fits(site) and self.target.supports(technique, site)
+            }
+        )
+        adapted = self.target.adapt(everywhere, record)
+        key = {**self.key, "plan": adapted.to_json(), "target": self.target.settings()}
+        classes = list({type(found) for found in adapted.sites.values()})
+        kept = self.store.get("ranges chosen", key)
+        if kept is not None:
+            return Plan.from_json(kept, classes)
+        found = choose_ranges(self.net, adapted, self.calibration)
+        self.store.put("ranges chosen", key, found.to_json())
+        return found
+
+
+def _plain(technique: Technique) -> Technique | None:
+    """The technique as it is offered, without what an adaptation put in; None where it has no range methods."""
+    fields: dict[str, Any] = getattr(technique, "__dataclass_fields__", {})
+    if not set(fields) >= set(_RANGES):
+        return None
+    changes: dict[str, Any] = {name: Range() for name in _RANGES}
+    changes |= {name: fields[name].default for name in ("out", "unsigned") if name in fields}
+    plain: Technique = dataclasses.replace(technique, **changes)  # type: ignore[type-var]
+    return plain
+
+
+def _open(technique: Technique) -> bool:
+    """Whether its range methods are the default ones."""
+    return all(getattr(technique, name) == Range() for name in _RANGES)
+
+
+def _with(technique: Technique, chosen: Technique | None) -> Technique:
+    if chosen is None:
+        return technique
+    changes: dict[str, Any] = {name: getattr(chosen, name) for name in _RANGES if hasattr(chosen, name)}
+    out, other = getattr(technique, "out", None), getattr(chosen, "out", None)
+    if isinstance(out, Format) and isinstance(other, Format):
+        changes["out"] = dataclasses.replace(out, range=other.range)
+    found: Technique = dataclasses.replace(technique, **changes)  # type: ignore[type-var]
+    return found
+
+
+def _alike(plan: Plan, sites: dict[str, Technique]) -> tuple[tuple[str, ...], ...]:
+    """The groups whose members still have one technique."""
+    return tuple(group for group in plan.groups if len({sites.get(name) for name in group}) == 1)
