@@ -27,7 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("targets",),
     ("chosen", "bench", "deploy", "quantize", "runner"),
     ("costs", "scoring", "profile", "verify", "gradual", "workers"),
-    ("search", "evaluate", "report", "learn", "searches"),
+    ("search", "evaluate", "report", "learn", "searches", "sensitivities"),
     ("optimize", "_conformance", "testing", "zoo"),
     ("__init__",),
     ("cli", "__main__"),
@@ -134,7 +134,10 @@ def test_no_file_is_longer_than_600_lines(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=NAMES.values())
 def test_no_pickle_and_no_wildcards(path: Path) -> None:
     names = [name for _, name in imported(path)]
-    assert not [name for name in names if name.split(".")[0] in ("pickle", "dill", "cloudpickle", "marshal", "shelve")]
+    # no file is pickled; what an executor sends between the processes of one run always is, and `workers` says how
+    if path.name != "workers.py":
+        banned = ("pickle", "dill", "cloudpickle", "marshal", "shelve")
+        assert not [name for name in names if name.split(".")[0] in banned]
     assert not [name for name in names if name.endswith(".*")]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""

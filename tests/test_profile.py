@@ -86,8 +86,9 @@ def test_float_loses_nothing_and_fewer_bits_lose_more(found: bs.Profile) -> None
     assert 0 < loss["left", bs.Int(8, 8)] < loss["left", bs.Int(4, 8)] < 1
 
 
-def test_loss_is_the_relative_squared_error_of_the_output(found: bs.Profile) -> None:
+def test_output_error_is_the_relative_squared_error_of_the_output() -> None:
     model, data = small(), batches(2, seed=2)
+    found = bs.profile(model, task(), [Halved()], MockTarget(), sensitivity=bs.output_error, patterns=("left",))
     net = bs.apply(model, bs.Plan({"left": Halved()}), data)
     with torch.no_grad():
         plain = torch.cat([model(x) for x, _ in data]).double()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from . import metrics as metrics
 from . import searches as searches
+from . import sensitivities as sensitivities
 from . import targets as targets
 from .compare import Drop as Drop
 from .compare import Score as Score
@@ -23,6 +24,7 @@ from .data import Unlabelled as Unlabelled
 from .deploy import export as export
 from .evaluate import evaluator as evaluator
 from .export.program import ExportError as ExportError
+from .gradual import Certainty as Certainty
 from .model.apply import apply as apply
 from .model.apply import plan_of as plan_of
 from .model.calibrate import CalibrationError as CalibrationError
@@ -53,6 +55,7 @@ from .report.data import Report as Report
 from .search import BudgetError as BudgetError
 from .search import Evaluation as Evaluation
 from .search import Result as Result
+from .search import SearchInterrupted as SearchInterrupted
 from .search import search as search
 from .sensitivity.one_at_a_time import loss_rise as loss_rise
 from .sensitivity.one_at_a_time import output_error as output_error
@@ -86,6 +89,7 @@ __all__ = [
     "BudgetError",
     "CalibrationError",
     "Cell",
+    "Certainty",
     "Check",
     "CorrectBias",
     "Costs",
@@ -116,6 +120,7 @@ __all__ = [
     "Result",
     "Row",
     "Score",
+    "SearchInterrupted",
     "Site",
     "SmoothQuant",
     "Step",
@@ -142,6 +147,7 @@ __all__ = [
     "report",
     "search",
     "searches",
+    "sensitivities",
     "sites",
     "targets",
     "verify",

@@ -78,6 +78,7 @@ class Evaluator:
             drop=lost.mean,
             drop_interval=None if lost.low is None or lost.high is None else (lost.low, lost.high),
             samples=got.n,
+            population=self.gradual.certainty.population,
         )
 
     def costs(self, plan: Plan) -> Evaluation:
@@ -112,7 +113,12 @@ class Evaluator:
             within=found.within,
             certain=found.certain,
             complete=found.complete,
+            population=self.gradual.certainty.population,
         )
+
+    def check(self, limit: float, candidates: int | None) -> str:
+        """What the validation set cannot tell of such a limit (see :class:`Staged`)."""
+        return self.gradual.check(limit, candidates)
 
     def score(self, plan: Plan, split: Split) -> Score:
         """The metric of an adapted plan, as evaluations measure it: on the runtime where they run there."""

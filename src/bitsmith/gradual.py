@@ -111,14 +111,19 @@ class Gradual:
             return f"the metric {task.name!r} has no bounds: give Metric(..., bounds=(least, greatest))"
         return ""
 
-    def check(self, limit: float, candidates: int) -> str:
+    def check(self, limit: float, candidates: int | None) -> str:
         """What the set can tell of such a limit, "" if enough. Raises ``ValueError`` if the bound that was asked for
-        can never be within it, saying how many samples it would take."""
+        can never be within it, saying how many samples it would take; ``candidates``: None if they are not fixed."""
         total, bounds = self.reference.n, self._bounds
+        if self.certainty.population and (bounds is None or candidates is None or limit <= 0):
+            raise ValueError(
+                "Certainty(population=True) needs a drop above 0, a metric with bounds and one score per sample, and a "
+                "search whose candidates are fixed before validation data are read, such as searches.Exact()"
+            )
         if bounds is None or limit <= 0:
             return ""
         width = bounds[1] - bounds[0]
-        if self.certainty.population:
+        if self.certainty.population and candidates is not None:
             needed = sequential.needed(limit, (1 - self.certainty.level) / candidates, -width, width)
             if needed > total:
                 raise ValueError(

@@ -19,6 +19,7 @@ from ._files import check_writable
 from .bench import Bench, suffix
 from .compare import drop
 from .evaluate import Evaluator
+from .gradual import Certainty
 from .plan import Budget, Plan
 from .profile import Profile, measure
 from .progress import Progress, Silent
@@ -34,6 +35,8 @@ from .task import Split, Task
 from .technique import Step, Technique
 from .techniques.int_ import Int
 from .verify import Check, verify
+
+_CERTAINTY = Certainty()
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ def optimize(
     prepare: Sequence[Step] = (),
     method: Search | None = None,
     sensitivity: Sensitivity = DIAGONAL,
+    certainty: Certainty = _CERTAINTY,
     store: Store | str | Path | None = None,
     batch: int = 1,
     seed: int = 0,
@@ -75,8 +79,9 @@ def optimize(
     measured and returned with, such as ``default_steps(Int(8, 8))``, which ``quantize`` takes; sites alone are measured
     without, and a prepared plan takes longer to measure. ``folder``: gets ``plan.json``, the model file,
     ``report.html``, ``report.json`` and, if no ``store`` is given, the store ``runs.db`` from which a killed run
-    resumes; without a folder the model file lives as long as the returned artifact. ``batch``: of the times and of
-    the file. ``executor``: workers for the accuracy part of ``profile`` and ``search``; the plan is the same without.
+    resumes; without a folder the model file lives as long as the returned artifact. ``batch``: of the times and of the
+    file. ``certainty``: of decisions before the whole validation set was seen. ``executor``: workers for the accuracy
+    part of ``profile`` and ``search``; the plan is the same without.
 
     Calibration and validation data are read to choose; ``task.test`` is forwarded once, for the report. Raises
     ``BudgetError`` if no plan meets the budget, after the best one was saved; it carries that one as ``.best``.
@@ -94,7 +99,7 @@ def optimize(
         raise ValueError(f"{target.name} gives no energy: leave mj out, or take a target that has it")
     profiled = measure(bench, offered, sensitivity, executor=executor)
     failure: BudgetError | None = None
-    evaluate = Evaluator(bench, prepare)
+    evaluate = Evaluator(bench, prepare, certainty)
     try:
         result = search(profiled, budget, minimize, method or Exact(), evaluate, _told(progress), executor=executor)
     except BudgetError as error:

@@ -90,11 +90,9 @@ def packed(value: Any, parts: Mapping[str, Any]) -> bytes:
 
 
 def _picklable(value: Any) -> bool:
-    try:
-        _dumps(value)
-    except Exception:
-        return False
-    return True
+    with contextlib.suppress(Exception):
+        return bool(_dumps(value))
+    return False
 
 
 def _cloudpickle() -> Any:
@@ -226,13 +224,12 @@ def _unpacked(data: bytes) -> Any:
 def _threads(count: int) -> Iterator[None]:
     """As many threads as the parent: sums over other parts round otherwise."""
     before = torch.get_num_threads()
+    change = torch.set_num_threads if before != count else lambda _: None  # not in a pool of threads: others compute
+    change(count)
     try:
-        if before != count:  # in a pool of threads it is never set: others are computing
-            torch.set_num_threads(count)
         yield
     finally:
-        if before != count:
-            torch.set_num_threads(before)
+        change(before)
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,32 @@ from typing import Any
 from ..plan import Budget, Plan
 from ..profile import Profile
 from ..workers import Crew, Lost, WorkerError, call_remotely, packed
-from .base import QUANTITIES, BudgetError, Evaluate, Evaluation, Point, Progress, Result, Search, Shared, Staged
+from .base import (
+    QUANTITIES,
+    BudgetError,
+    Evaluate,
+    Evaluation,
+    Point,
+    Progress,
+    Result,
+    Search,
+    SearchInterrupted,
+    Shared,
+    Staged,
+)
 from .exact import Exact
 
-__all__ = ["BudgetError", "Evaluate", "Evaluation", "Point", "Progress", "Result", "Search", "search"]
+__all__ = [
+    "BudgetError",
+    "Evaluate",
+    "Evaluation",
+    "Point",
+    "Progress",
+    "Result",
+    "Search",
+    "SearchInterrupted",
+    "search",
+]
 
 
 def search(
@@ -31,7 +53,7 @@ def search(
     ``minimize`` may be left out when ``drop`` is the only limit: ``ms`` then. ``evaluate`` measures whole plans;
     without it the result is labelled ``predicted`` and cannot keep a ``drop``, which is measured, never predicted.
     Raises ``ValueError`` for a question that the profile cannot answer, :class:`BudgetError` if no plan meets the
-    budget.
+    budget, :class:`SearchInterrupted` (a ``KeyboardInterrupt``) with the best so far.
 
     ``executor``: such as a process pool (with the ``spawn`` context), Dask's ``client.get_executor()`` or
     ``mpi4py.futures``. The search decides as without it and gives the same result; workers score, ahead, plans that it

@@ -33,7 +33,8 @@ class Evaluation:
     ``within``: whether the drop is inside the limit that was asked about, where that was decided before the whole set
     was seen (``complete`` is False then, and ``samples`` is how many were); not ``certain``, where it only looks like
     it. ``drop_bound``: what the drop of the
-    population stays below at the level that was asked, after the selection among candidates; None: not known.
+    population stays below at the level that was asked, after the selection among candidates; None: not known. With
+    ``population`` it, not ``drop``, is held against the limit.
     """
 
     plan: Plan
@@ -51,6 +52,12 @@ class Evaluation:
     certain: bool = True
     complete: bool = True
     drop_bound: float | None = None
+    population: bool = False
+
+    @property
+    def judged(self) -> float | None:
+        """The drop that is held against the limit."""
+        return self.drop_bound if self.population and self.complete and self.drop is not None else self.drop
 
 
 class Evaluate(Protocol):
@@ -79,6 +86,11 @@ class Staged(Protocol):
 
     def bound(self, plan: Plan, candidates: int) -> float | None:
         """What the population's drop stays below, the plan being chosen among so many that were fixed beforehand."""
+        ...
+
+    def check(self, limit: float, candidates: int | None) -> str:
+        """What the set cannot tell of such a limit, "" if nothing. Raises ``ValueError`` if what was asked for can
+        never be shown on it, saying what it would take; ``candidates`` as in :meth:`bound`, None: not fixed."""
         ...
 
 
@@ -137,7 +149,7 @@ class Point:
             "ms": got.ms,
             "mib": None if got.bytes is None else got.bytes / MIB,
             "mj": got.mj,
-            "drop": float("inf") if got.drop is None else got.drop,
+            "drop": float("inf") if got.judged is None else got.judged,
         }[quantity]
         if measured is None:
             return self.predicted(quantity)
@@ -146,7 +158,8 @@ class Point:
     def missed(self, budget: Budget) -> dict[str, float]:
         """By how much each limit is missed. A point whose drop is not known misses no ``drop``."""
         got = self.evaluation
-        open_ = got is None or got.drop is None or got.within is True
+        certified = got is not None and got.within is True and not (got.population and got.complete)
+        open_ = got is None or got.drop is None or certified
         known = [name for name in budget.limits if name != "drop" or not open_]
         missed = budget.missed(**{name: self.value(name) for name in known})
         if got is not None and got.within is False and budget.drop is not None:

@@ -62,12 +62,12 @@ class Bisection(Search):
         trials = Trials(
             evaluate, self.max_evaluations, budget, minimize, control, progress, self.patience, self.seconds
         )
-        candidates, points = 1, []
+        points = []
         with trials.interruptible(None):
+            trials.promise((len(program.units) + 1) ** len(levels(program, minimize)))
             trials.whole(control)
             for technique in levels(program, minimize):
                 ladder = prefixes(program, technique, base, among, self.order, minimize, self.mu, self.seed)
-                candidates *= len(ladder)
                 found = [program.point(choice) for choice in ladder]
                 points += found
                 kept = bisect(trials, found, fails_first=False) if budget.drop is not None else len(found) - 1
@@ -76,7 +76,7 @@ class Bisection(Search):
                 among = _changed(base, program.control)
             trials.settle(self.passes)
         unique = list({key_of(point.plan): point for point in points}.values())
-        return trials.result(unique, candidates)
+        return trials.result(unique, trials.candidates)
 
 
 def _changed(choice: Choice, control: Choice) -> list[int]:

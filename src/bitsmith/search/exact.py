@@ -88,6 +88,7 @@ class Exact(Search):
                 limits = tighter
                 points = frontier(limits)
                 candidates |= {key_of(point.plan) for point in points}
+            trials.promise(len(candidates))
             climb(trials, points, self.margin, self.passes)
         return trials.result(points, len(candidates))
 

@@ -57,8 +57,8 @@ class Greedy(Search):
         trials = Trials(
             evaluate, self.max_evaluations, budget, minimize, control, progress, self.patience, self.seconds
         )
-        decisions = 0
         with trials.interruptible(None):
+            trials.promise(None)
             trials.whole(control)
             last = control
             for technique in levels(program, minimize):
@@ -70,7 +70,6 @@ class Greedy(Search):
                     unit = next(u for u, (one, other) in enumerate(zip(before, after, strict=True)) if one != other)
                     changed = tuple(after[u] if u == unit else k for u, k in enumerate(base))
                     point = program.point(changed)
-                    decisions += 1
                     if trials.keeps(point):
                         base, last = changed, point
                         points.append(point)
@@ -84,4 +83,4 @@ class Greedy(Search):
                 if key_of(trials.best().plan) != key_of(control.plan) and not trials.best().missed(budget):
                     break
             trials.settle(self.passes)
-        return trials.result(points, 2**decisions)
+        return trials.result(points, None)

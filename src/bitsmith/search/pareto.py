@@ -110,6 +110,7 @@ class Pareto(Search):
             trials = Trials(evaluate, self.trials, budget, minimize, control, progress, seconds=self.seconds)
             trials.asks_drop |= "drop" in self.objectives
             with trials.interruptible(None):
+                trials.promise(None)
                 self._walk(budget, first, self.storage, _Tried(program, trials))
             return self._sorted(trials.result((), None))
         except BudgetError as error:

@@ -46,6 +46,7 @@ class RandomPlans(Search):
             return predicted([control, *points], budget, minimize)
         trials = Trials(evaluate, self.plans + 1, budget, minimize, control, progress, seconds=self.seconds)
         with trials.interruptible(len(points) + 1):
+            trials.promise(len(points) + 1)
             trials.whole(control)
             for point in points:
                 if not trials.late:

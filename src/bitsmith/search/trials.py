@@ -49,6 +49,18 @@ class Trials:
         self.failed: set[Key] = set()
         self._end = None if seconds is None else time.monotonic() + seconds
         self.asks_drop = budget.drop is not None or minimize == "drop"
+        self.candidates: int | None = None
+
+    def promise(self, candidates: int | None) -> None:
+        """So many plans can be returned, whatever the validation data say; None: they decide which are looked at.
+
+        Raises ``ValueError`` if the evaluation set can never show what was asked of it.
+        """
+        self.candidates = candidates
+        if isinstance(self.evaluate, Staged) and self.budget.drop is not None:
+            said = self.evaluate.check(self.budget.drop, candidates)
+            if said and self.progress is not None:
+                self.progress(said, 0, 1)
 
     @property
     def spent(self) -> bool:
@@ -110,6 +122,9 @@ class Trials:
         if self.progress is not None:
             self.progress("measuring whole plans", min(len(self.seen), self.most), self.most)
         got = measure(self.evaluate)
+        if got.population and got.complete and got.drop is not None and isinstance(self.evaluate, Staged):
+            assert self.candidates is not None  # else check() has refused
+            got = dataclasses.replace(got, drop_bound=self.evaluate.bound(point.plan, self.candidates))
         known = self._of(point).evaluation
         if known is not None:
             got = _merged(known, got)
@@ -270,7 +285,17 @@ def key_of(plan: Plan) -> Key:
 
 def _merged(old: Evaluation, new: Evaluation) -> Evaluation:
     """What both say, the newer one first; the drop and what belongs to it come together."""
-    together = ("drop", "drop_interval", "metric", "samples", "within", "certain", "complete")
+    together = (
+        "drop",
+        "drop_interval",
+        "metric",
+        "samples",
+        "within",
+        "certain",
+        "complete",
+        "drop_bound",
+        "population",
+    )
     keep = {
         field.name: getattr(old, field.name)
         for field in dataclasses.fields(old)

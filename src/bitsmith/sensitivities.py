@@ -1,0 +1,19 @@
+"""What says how much a site can lose, as values: ``bitsmith.sensitivities.InterLayer()``."""
+
+from .sensitivity.hessian_trace import HessianTrace as HessianTrace
+from .sensitivity.inter_layer import InterLayer as InterLayer
+from .sensitivity.noise import NoiseInjection as NoiseInjection
+from .sensitivity.one_at_a_time import loss_rise as loss_rise
+from .sensitivity.one_at_a_time import output_error as output_error
+from .sensitivity.pairwise import Pairwise as Pairwise
+from .sensitivity.quantization_error import QuantizationError as QuantizationError
+
+__all__ = [
+    "HessianTrace",
+    "InterLayer",
+    "NoiseInjection",
+    "Pairwise",
+    "QuantizationError",
+    "loss_rise",
+    "output_error",
+]
