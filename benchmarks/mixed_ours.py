@@ -76,7 +76,7 @@ def everywhere(cell: Cell, bench: Bench, folder: Path) -> Found:
         for name, site in bench.net.record.sites.items()
         if site.role == "integer" and technique.fits(site) and target.supports(technique, site)
     }
-    plan = target.adapt(bs.Plan(sites), bench.net.record)
+    plan = bench.adapted(bs.Plan(sites))  # with the range methods that every plan of ours has
     return _found(bench, plan, None, folder / f"everywhere{suffix(target)}", None, True)
 
 

@@ -68,12 +68,20 @@ class Evaluator:
         return found.replace(prepare=self.prepare) if found.sites and not found.prepare else found
 
     def __call__(self, plan: Plan) -> Evaluation:
-        adapted, reference = self.adapted(plan), self.gradual.reference
+        adapted = self.adapted(plan)
         self._collect(adapted)
+        costs = self.costs(plan)
+        judged = self._judged(adapted)
+        taken = {name: getattr(costs, name) for name in ("ms", "ms_spread", "bytes", "mj", "float_ms", "source")}
+        return dataclasses.replace(judged, **taken)
+
+    def _judged(self, adapted: Plan) -> Evaluation:
+        """The metric and the drop on the whole set."""
+        reference = self.gradual.reference
         got = self.gradual.whole(adapted) if adapted.sites else reference
         lost = drop(reference, got)
-        return dataclasses.replace(
-            self.costs(plan),
+        return Evaluation(
+            plan=adapted,
             metric=got.mean,
             drop=lost.mean,
             drop_interval=None if lost.low is None or lost.high is None else (lost.low, lost.high),
@@ -105,6 +113,8 @@ class Evaluator:
             return self(plan)
         self._collect(adapted)
         found = self.gradual.decide(adapted, limit, patience)
+        if found.complete:
+            return dataclasses.replace(self._judged(adapted), within=found.within)
         return Evaluation(
             plan=adapted,
             drop=found.mean,
@@ -112,7 +122,7 @@ class Evaluator:
             samples=len(found.scores),
             within=found.within,
             certain=found.certain,
-            complete=found.complete,
+            complete=False,
             population=self.gradual.certainty.population,
         )
 

@@ -21,7 +21,7 @@ import pickle
 import threading
 from collections import ChainMap, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -39,8 +39,7 @@ from .store import Store
 from .targets.base import Target
 from .technique import Technique
 
-_KEPT = 2  # recipes that a worker keeps open
-_opened: OrderedDict[tuple[int, str], Bench] = OrderedDict()
+_opened: OrderedDict[tuple[int, str], Bench] = OrderedDict()  # the last two
 _opening = threading.Lock()
 
 
@@ -203,7 +202,7 @@ def _open(recipe: Recipe) -> Bench:
                 )
             vars(bench).update(keys)  # computed once, by the parent
             _opened[key] = bench
-            while len(_opened) > _KEPT:
+            while len(_opened) > 2:
                 _opened.popitem(last=False)
         _opened.move_to_end(key)
         return _opened[key]
@@ -243,6 +242,8 @@ class Crew:
     """The executor as the parent uses it: sends work out, and tells a lost worker from an error of the work itself."""
 
     def __init__(self, executor: Executor, note: Callable[[str], None]) -> None:
+        from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor  # the first is slow to import
+
         self.executor, self.note = executor, note
         self.broken = False
         # these say which jobs have begun; of others, such as Dask's, a cancelled job would go on unseen
@@ -257,16 +258,15 @@ class Crew:
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any] | None:
         """``executor.submit``; None once the executor is broken, which is noted."""
-        if self.broken:
-            return None
         try:
-            return self.executor.submit(function, *arguments)
+            if not self.broken:
+                return self.executor.submit(function, *arguments)
         except Exception as error:
             if not _is_loss(error):
                 raise
             self.broken = True
             self.note(f"the workers are gone ({_told(error)}): what is left is done in this process")
-            return None
+        return None
 
     def result(self, future: Future[Any]) -> Any:
         """What the work gave, or :class:`Lost`; raises what the work raised."""

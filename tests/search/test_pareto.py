@@ -132,6 +132,9 @@ class StagedBench(Bench):
     def bound(self, plan: Plan, candidates: int) -> float | None:
         return None
 
+    def check(self, limit: float, candidates: int | None) -> str:
+        return ""
+
 
 def true_front(bench: Bench, which: tuple[int, ...]) -> set[tuple[float, ...]]:
     values = [tuple(bench.truth(plan)[k] for k in which) for plan in every_plan(bench.profile)]

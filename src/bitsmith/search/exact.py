@@ -35,7 +35,7 @@ class Exact(Search):
     margin: float = 0.1
     max_evaluations: int = 12
     patience: float = 0.5
-    passes: float = 2.0
+    passes: float = 2.5
     seconds: float | None = None
 
     def __post_init__(self) -> None:
