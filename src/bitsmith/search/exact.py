@@ -11,6 +11,7 @@ from ..plan import Budget
 from ..profile import Profile
 from .base import Evaluate, Point, Progress, Result, Search
 from .ladder import climb
+from .order import levels
 from .predicted import predicted
 from .program import Program, additive
 from .trials import Trials, key_of
@@ -23,7 +24,8 @@ class Exact(Search):
     """Integer linear programming over site and edge costs with HiGHS, along a ladder of loss limits.
 
     As in Yao et al. 2021 (HAWQ-V3, arXiv:2011.10680), with costs of edges, and with whole plans measured. What two
-    sites lose together is shared between them, as if every other site had the same technique.
+    sites lose together is shared between them, as if every other site had the same technique. The cheapest technique
+    everywhere is asked first: it need not lie on the ladder, and is the plan to beat.
     ``points``: loss limits on the ladder. ``max_evaluations``: plans measured at most, the float plan included.
     ``margin``: a plan predicted worse than the best measured one by more than this fraction is not measured.
     ``patience``: the share of the evaluation set after which a plan that is still undecided and looks as if it did not
@@ -88,9 +90,26 @@ class Exact(Search):
                 limits = tighter
                 points = frontier(limits)
                 candidates |= {key_of(point.plan) for point in points}
+            everywhere = _everywhere(program, minimize) if minimize != "drop" else None
+            if everywhere is not None:
+                candidates.add(key_of(everywhere.plan))
             trials.promise(len(candidates))
-            climb(trials, points, self.margin, self.passes)
+            climb(trials, points, self.margin, self.passes, everywhere)
         return trials.result(points, len(candidates))
+
+
+def _everywhere(program: Program, minimize: str) -> Point | None:
+    """The cheapest technique wherever it is offered, the control elsewhere."""
+    offered = levels(program, minimize)
+    if not offered:
+        return None
+    control = program.control
+    return program.point(
+        tuple(
+            unit.techniques.index(offered[-1]) if offered[-1] in unit.techniques else k
+            for unit, k in zip(program.units, control, strict=True)
+        )
+    )
 
 
 def _frontier(

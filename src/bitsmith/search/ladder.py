@@ -8,18 +8,27 @@ from .base import Point
 from .trials import Trials
 
 
-def climb(trials: Trials, points: Sequence[Point], margin: float, passes: float) -> None:
+def climb(
+    trials: Trials, points: Sequence[Point], margin: float, passes: float, everywhere: Point | None = None
+) -> None:
     """Find where the limits begin to hold, compare the costs of what lies around it, evaluate the best whole.
 
     ``points``: least loss first. ``margin``: what is predicted worse than the best measured by more than this fraction
     is not measured. ``passes``: full evaluation sets that may be forwarded, as far as that can be helped.
+    ``everywhere``: a plan to beat that is asked first, as it need not lie on the ladder: the cheapest technique at
+    every site.
     """
     budget, minimize, last = trials.budget, trials.minimize, len(points) - 1
     if minimize == "drop":
         pivot = bisect(trials, points, fails_first=True) if set(budget.limits) != {"drop"} else 0
         pivot = min(pivot, last)
     else:
-        pivot = descend(trials, points, passes) if budget.drop is not None else last
+        held = False
+        if everywhere is not None and budget.drop is not None and not trials.spent:
+            held = trials.keeps(everywhere) and trials.holds(everywhere)
+        if everywhere is not None and not trials.spent:
+            trials.costs(everywhere)
+        pivot = descend(trials, points, passes, held) if budget.drop is not None else last
     around(trials, points, pivot, margin)
     trials.settle(passes)
 
@@ -66,15 +75,18 @@ def bisect(trials: Trials, points: Sequence[Point], fails_first: bool) -> int:
     return high if fails_first else low
 
 
-def descend(trials: Trials, points: Sequence[Point], passes: float) -> int:
+def descend(trials: Trials, points: Sequence[Point], passes: float, held: bool = False) -> int:
     """The last point found to keep the drop, from the far end down: after each that does not, where the drop would be
     at the limit if it went with the loss. -1: none.
 
     What looks after ``patience`` as if it kept the drop is decided with certainty: it is evaluated whole anyway. Faster
-    points than one that keeps it are tried while ``passes`` leave room for a whole evaluation.
+    points than one that keeps it are tried while ``passes`` leave room for a whole evaluation; none beyond that, if
+    another plan is ``held`` that keeps it.
     """
     low, high, index = -1, len(points), len(points) - 1
     while high - low > 1 and not trials.spent:
+        if held and trials.used + 1.0 > passes:
+            break
         trials.ahead([points[k] for k in (index, *_following(trials, points, low, index, high))])
         if trials.keeps(points[index]) and trials.holds(points[index]):
             low = index
