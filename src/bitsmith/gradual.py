@@ -235,7 +235,7 @@ class Gradual:
     def _known(self, plan: Plan) -> Scores:
         known: list[float] = []
         while len(known) < self._total:
-            more = self.bench.store.get("scores of samples", self._key(plan, len(known)))
+            more = self.bench.store.look("scores of samples", self._key(plan, len(known)))
             if more is None:
                 break
             known += more
