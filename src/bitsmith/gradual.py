@@ -140,7 +140,10 @@ class Gradual:
     def decide(self, plan: Plan, limit: float, patience: float = 1.0) -> Partial:
         """Score as many samples as it takes to be certain, at most that share of the set."""
         if self.why_whole:
-            return self._partial(self._whole_scores(plan), limit)
+            got = self.whole(plan)
+            lost = drop(self.reference, got)
+            ends = (lost.mean, lost.mean) if lost.low is None or lost.high is None else (lost.low, lost.high)
+            return Partial(got.scores, len(got.scores), lost.mean <= limit + 1e-12, True, lost.mean, ends)
         scores = self._known(plan)
         found = self._partial(scores, limit)
         most = max(self._total * patience, len(scores))
@@ -168,7 +171,7 @@ class Gradual:
 
     def on(self, plan: Plan, split: Split) -> Score:
         """The score of a whole split, where the validation data are scored: on the runtime or by simulation."""
-        if self.runner is None or plan.prepare:
+        if not self.certainty.early or self.runner is None or plan.prepare:
             return self.bench.score(plan, split)
         key = {**self.bench.score_key(plan, split), "on": self.runner.key()}
         model = _Called(self.runner.scorer(plan))
@@ -197,12 +200,9 @@ class Gradual:
         return found
 
     def _partial(self, scores: Scores, limit: float, guess: bool = False) -> Partial:
-        reference = self.reference.scores
-        if self._source is None or self._bounds is None:
-            got = drop(self.reference, score_of(scores, self.bench.task, self.reference.samples))
-            ends = (got.mean, got.mean) if got.low is None or got.high is None else (got.low, got.high)
-            return Partial(scores, len(scores), got.mean <= limit + 1e-12, True, got.mean, ends)
-        reference = reference[self._source.order[: len(scores)]]
+        assert self._source is not None
+        assert self._bounds is not None  # else the whole set is seen
+        reference = self.reference.scores[self._source.order[: len(scores)]]
         worse, width = self._worse(scores, reference), self._bounds[1] - self._bounds[0]
         alpha = 1 - self.certainty.level
         mean = float(worse.mean()) if len(worse) else 0.0
@@ -212,9 +212,6 @@ class Gradual:
         within = sequential.decide(worse, self._total, limit, -width, width, alpha) if len(worse) else None
         ends = (-width, width) if within is None else sequential.interval(worse, self._total, -width, width, alpha)
         return Partial(scores, self._total, within, within is not None, mean, ends)
-
-    def _whole_scores(self, plan: Plan) -> Scores:
-        return self.bench.score(plan).scores
 
     @contextmanager
     def _scorer(self, plan: Plan) -> Iterator[Callable[[Any], Any]]:

@@ -49,7 +49,7 @@ class Trials:
         self.failed: set[Key] = set()
         self._end = None if seconds is None else time.monotonic() + seconds
         self.asks_drop = budget.drop is not None or minimize == "drop"
-        self.candidates: int | None = None
+        self.candidates: int | None = 1  # the float plan, until more are promised
 
     def promise(self, candidates: int | None) -> None:
         """So many plans can be returned, whatever the validation data say; None: they decide which are looked at.
