@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import time
@@ -155,7 +156,9 @@ class Ledger:
 
     def _finish(self, trial: Any, index: int, point: Point) -> None:
         assert point.evaluation is not None
-        with explained(self._where, _KEPT):
+        # a slow trial may have been taken for dead and ended by another process: then what that one found counts
+        ended = require().exceptions.UpdateFinishedTrialError
+        with explained(self._where, _KEPT), contextlib.suppress(ended):
             if self.known()[index].evaluation is not None:
                 self._study.tell(trial, state=require().trial.TrialState.FAIL)
                 return
