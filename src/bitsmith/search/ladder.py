@@ -25,6 +25,7 @@ def climb(
     else:
         held = False
         if everywhere is not None and budget.drop is not None and not trials.spent:
+            trials.ahead([everywhere, *points[-1:]])
             held = trials.keeps(everywhere) and trials.holds(everywhere)
         if everywhere is not None and not trials.spent:
             trials.costs(everywhere)

@@ -70,8 +70,8 @@ class QuantizationError:
 
 @dataclass(frozen=True)
 class WeightError:
-    """``relative``: RMS of the error over the greatest |w|. ``squared``: ``||Q(w) - w||^2`` in units of the model's own
-    weight: a normalisation that was folded in is divided out again, a channel that it multiplies by 0 counts 0."""
+    """``relative``: RMS of the error over the greatest ``|w|``. ``squared``: ``||Q(w) - w||^2`` in units of the model's
+    own weight: a normalisation that was folded in is divided out again, a channel that it multiplies by 0 counts 0."""
 
     relative: float
     squared: float
