@@ -112,7 +112,7 @@ def longest(profile: Profile, method: Bisection, lost: Lost, limit: float) -> tu
         if not any(technique in unit.techniques for unit in program.units):
             continue
         ladder = prefixes(program, technique, base, among, method.order, "ms", method.mu, method.seed)
-        holding = [choice for choice in ladder if lost(program.point(choice).plan) <= limit]
+        holding = [choice for choice in ladder if lost(program.point(choice).plan) <= limit + 1e-12]  # as Budget has it
         assert holding == ladder[: len(holding)]  # it grows
         base = holding[-1]
         among = [u for u in among if program.units[u].techniques[base[u]] == technique]
