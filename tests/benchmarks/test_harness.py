@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import sys
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
+from repository import load
 
-
-def load(name: str) -> ModuleType:
-    """A benchmark module by its file: the folder is no installed package."""
-    spec = importlib.util.spec_from_file_location(f"_benchmark_{name}", FOLDER / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-harness, peers = load("harness"), load("peers")
+harness, peers = load("benchmarks.harness"), load("benchmarks.peers")
 
 
 @pytest.fixture

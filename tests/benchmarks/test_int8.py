@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import math
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import onnx
@@ -19,26 +16,15 @@ from onnx import TensorProto, helper, numpy_helper
 
 import bitsmith as bs
 from bitsmith.numerics.quantizer import Quantizer
+from repository import load
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
-
-
-def load(name: str) -> ModuleType:
-    """A module of the folder as part of its package, which is not installed."""
-    if "benchmarks" not in sys.modules:
-        spec = importlib.util.spec_from_file_location(
-            "benchmarks", FOLDER / "__init__.py", submodule_search_locations=[str(FOLDER)]
-        )
-        assert spec is not None
-        assert spec.loader is not None
-        package = importlib.util.module_from_spec(spec)
-        sys.modules["benchmarks"] = package
-        spec.loader.exec_module(package)
-    return importlib.import_module(f"benchmarks.{name}")
-
-
-paired, runtimes, parity, peers = load("paired"), load("runtimes"), load("int8_parity"), load("int8_peers")
-verified = load("verified")
+paired, runtimes, parity, peers = (
+    load("benchmarks.paired"),
+    load("benchmarks.runtimes"),
+    load("benchmarks.int8_parity"),
+    load("benchmarks.int8_peers"),
+)
+verified = load("benchmarks.verified")
 
 
 # -- statistics ------------------------------------------------------------------------------------------------------
@@ -235,7 +221,7 @@ def test_readers_of_one_tensor_get_it_moved_alike(monkeypatch):
 def test_every_other_layer_of_the_wide_bert_computes_minilm():
     from bitsmith.zoo.text import MiniLm
 
-    nets = load("int8_nets")
+    nets = load("benchmarks.int8_nets")
     small, large = MiniLm().encoder.eval(), nets.bert_base()
     assert sum(p.numel() for p in large.bert.parameters()) == 109_482_240
     large.bert.encoder.layer = large.bert.encoder.layer[::2]

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
 import os
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -16,25 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
+from repository import ROOT, load
 
-
-def load(name: str) -> ModuleType:
-    """A module of the folder as part of its package, which is not installed."""
-    if "benchmarks" not in sys.modules:
-        spec = importlib.util.spec_from_file_location(
-            "benchmarks", FOLDER / "__init__.py", submodule_search_locations=[str(FOLDER)]
-        )
-        assert spec is not None
-        assert spec.loader is not None
-        package = importlib.util.module_from_spec(spec)
-        sys.modules["benchmarks"] = package
-        spec.loader.exec_module(package)
-    return importlib.import_module(f"benchmarks.{name}")
-
-
-common, scoring, environment = load("peers.common"), load("peers.scoring"), load("peers.environment")
-torch_models = load("peers.torch_models")
+common, scoring, environment = (
+    load("benchmarks.peers.common"),
+    load("benchmarks.peers.scoring"),
+    load("benchmarks.peers.environment"),
+)
+torch_models = load("benchmarks.peers.torch_models")
 
 
 @pytest.fixture(autouse=True)
@@ -242,15 +228,15 @@ def test_pins_take_the_place_of_constraints_on_the_same_package():
 
 
 def test_every_environment_keeps_the_pin_on_torch_and_every_tuner_has_one():
-    lines = (FOLDER.parent / "constraints.txt").read_text().splitlines()
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
     torch_pin = next(line for line in lines if line.startswith("torch=="))
     tuners = set()
     for found in environment.ENVIRONMENTS.values():
         assert torch_pin in environment.constraints(lines, found.pins)
         tuners |= set(found.tuners)
-    assert tuners == {path.stem for path in (FOLDER / "peers").glob("*.py") if "__main__" in path.read_text()} - {
-        "environment"
-    }
+    assert tuners == {
+        path.stem for path in (ROOT / "benchmarks" / "peers").glob("*.py") if "__main__" in path.read_text()
+    } - {"environment"}
 
 
 def test_a_built_environment_is_left_as_it_is(tmp_path, monkeypatch):

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -19,24 +14,7 @@ from bitsmith.search.base import Staged
 from bitsmith.search.bisection import Bisection
 from bitsmith.sensitivity.inter_layer import InterLayer
 from bitsmith.store import Store
-
-ROOT = Path(__file__).parents[2]
-
-
-def load(name: str) -> ModuleType:
-    """A module of a folder of the repository as part of its package, which is not installed."""
-    package = name.partition(".")[0]
-    if package not in sys.modules:
-        folder = ROOT / package
-        spec = importlib.util.spec_from_file_location(
-            package, folder / "__init__.py", submodule_search_locations=[str(folder)]
-        )
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[package] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[package])
-    return importlib.import_module(name)
-
+from repository import load
 
 load("benchmarks.harness")
 guided, command = load("studies._guided"), load("studies._command")
