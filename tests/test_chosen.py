@@ -228,10 +228,6 @@ def formats(plan: bs.Plan, net: Network) -> dict[str, set[Format]]:
     return found
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="an output format put in where the readers are not planned stays min/max, whatever the readers' method is",
-)
 @pytest.mark.parametrize("sites", [("stem",), ("left", "head"), ("stem", "left")])
 def test_a_tensor_has_one_format_in_all_plans(
     net: Network, chosen: dict[str, ChosenRanges], sites: tuple[str, ...]

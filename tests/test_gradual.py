@@ -437,10 +437,6 @@ def _above(output: Tensor, target: Tensor) -> Tensor:
     return (output > output.gather(1, target[:, None])).sum(1).float()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="bounds are guessed to be 0 and 1 where float has no other scores; a plan's then raise ValueError",
-)
 def test_a_plan_may_score_worse_than_float_ever_did(model: Small) -> None:
     easy = batches(4, seed=3)
     bench = opened(model, validation=easy, metric=Metric("above", _above, lower=True))

@@ -243,9 +243,6 @@ class Ragged(Dataset[Any]):
         return torch.full((2 + index // 2,), float(index)), torch.tensor(index)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=RuntimeError, reason="shuffled() takes a DataLoader whose samples cannot be collated together"
-)
 def test_samples_of_unlike_shapes_behind_a_data_loader() -> None:
     """It can be read as it is, two by two; in another order its own collate function raises."""
     loader = DataLoader(Ragged(), batch_size=2)

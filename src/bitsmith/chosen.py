@@ -44,16 +44,41 @@ class ChosenRanges:
     def refined(self, plan: Plan, note: Callable[[Technique], None] = lambda _: None) -> Plan:
         """An adapted plan (or one that is not) with the chosen methods in the place of min/max."""
         sites: dict[str, Technique] = {}
+        behind: dict[str, Plan] = {}
         for name, technique in plan.sites.items():
+            sites[name] = technique
             plain = _plain(technique)
             if plain is None or not _open(technique):
-                sites[name] = technique
                 continue
             if plain not in self._plans:
                 note(plain)
                 self._plans[plain] = self._choose(plain)
-            sites[name] = _with(technique, self._plans[plain].get(name))
+            behind[name] = self._plans[plain]
+            sites[name] = _with(technique, behind[name].get(name))
+        read = self._read(sites)
+        sites |= {name: self._stored(name, sites[name], read, chosen) for name, chosen in behind.items()}
         return plan.replace(sites=sites, groups=_alike(plan, sites))
+
+    def _read(self, sites: Mapping[str, Technique]) -> dict[str, Range]:
+        """By tensor, the method that its integer readers take."""
+        return {
+            operand.tensor: fmt.range
+            for name, technique in sites.items()
+            for operand, fmt in zip(
+                self.net.record.sites[name].operands, technique.reads(self.net.record.sites[name]), strict=True
+            )
+            if fmt is not None and not operand.constant
+        }
+
+    def _stored(self, name: str, technique: Technique, read: Mapping[str, Range], chosen: Plan) -> Technique:
+        """The technique with the method of the tensor that it stores, where an adaptation gave that a format: the
+        readers' in the plan; where it has none, what was chosen with the technique everywhere."""
+        out, own = getattr(technique, "out", None), getattr(chosen.get(name), "out", None)
+        if not isinstance(out, Format):
+            return technique
+        tensor = self.net.record.sites[name].tail
+        method = read.get(tensor) or self._read(chosen.sites).get(tensor) or (own.range if own else out.range)
+        return _changed(technique, {"out": dataclasses.replace(out, range=method)})
 
     def _choose(self, technique: Technique) -> Plan:
         record = self.net.record
@@ -82,8 +107,7 @@ def _plain(technique: Technique) -> Technique | None:
         return None
     changes: dict[str, Any] = {name: Range() for name in _RANGES}
     changes |= {name: fields[name].default for name in ("out", "unsigned") if name in fields}
-    plain: Technique = dataclasses.replace(technique, **changes)  # type: ignore[type-var]
-    return plain
+    return _changed(technique, changes)
 
 
 def _open(technique: Technique) -> bool:
@@ -94,10 +118,10 @@ def _open(technique: Technique) -> bool:
 def _with(technique: Technique, chosen: Technique | None) -> Technique:
     if chosen is None:
         return technique
-    changes: dict[str, Any] = {name: getattr(chosen, name) for name in _RANGES if hasattr(chosen, name)}
-    out, other = getattr(technique, "out", None), getattr(chosen, "out", None)
-    if isinstance(out, Format) and isinstance(other, Format):
-        changes["out"] = dataclasses.replace(out, range=other.range)
+    return _changed(technique, {name: getattr(chosen, name) for name in _RANGES if hasattr(chosen, name)})
+
+
+def _changed(technique: Technique, changes: dict[str, Any]) -> Technique:
     found: Technique = dataclasses.replace(technique, **changes)  # type: ignore[type-var]
     return found
 

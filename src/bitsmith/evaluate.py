@@ -15,7 +15,7 @@ from torch import nn
 
 from .bench import Bench
 from .compare import Score, drop
-from .gradual import Certainty, Gradual
+from .gradual import CERTAINTY, Certainty, Gradual
 from .model.formats import place
 from .plan import Plan
 from .progress import Progress
@@ -26,8 +26,6 @@ from .task import Split, Task
 from .technique import Step
 from .techniques.float_ import Float
 from .workers import Crew, Lost, Recipe, decide_remotely, keep_scores, recipe_of
-
-_CERTAINTY = Certainty()
 
 
 def evaluator(
@@ -40,7 +38,7 @@ def evaluator(
     seed: int = 0,
     folder: str | Path | None = None,
     prepare: Sequence[Step] = (),
-    certainty: Certainty = _CERTAINTY,
+    certainty: Certainty = CERTAINTY,
     progress: Progress | None = None,
 ) -> Evaluator:
     """What ``search(evaluate=...)`` calls with a plan: adapt, simulate on validation data, export, time against float.
@@ -55,7 +53,7 @@ def evaluator(
 class Evaluator:
     """:func:`evaluator` on a bench that is already open. ``prepare``: steps for every plan that changes something."""
 
-    def __init__(self, bench: Bench, prepare: Sequence[Step] = (), certainty: Certainty = _CERTAINTY) -> None:
+    def __init__(self, bench: Bench, prepare: Sequence[Step] = (), certainty: Certainty = CERTAINTY) -> None:
         self.bench, self.prepare = bench, tuple(prepare)
         self.gradual = Gradual(bench, certainty)
         self._decisions: DecisionsAhead | None = None

@@ -42,10 +42,14 @@ class Certainty:
             raise ValueError(f"Certainty(level={self.level}): must be a probability of at least 0.5, below 1")
 
 
-@dataclass(frozen=True)
+CERTAINTY = Certainty()
+
+
+@dataclass(frozen=True, eq=False)
 class Partial:
-    """What is known of a plan. ``scores``: [n], in random order; ``total``: of the set. ``within``: None, not decided;
-    ``certain``: by the statistics and not only by the look of it."""
+    """What is known of a plan. ``scores``: [n], in random order (the loader's, where every evaluation sees the whole
+    set); ``total``: of the set. ``within``: None, not decided; ``certain``: by the statistics and not only by the look
+    of it."""
 
     scores: Scores
     total: int
@@ -145,12 +149,16 @@ class Gradual:
             ends = (lost.mean, lost.mean) if lost.low is None or lost.high is None else (lost.low, lost.high)
             return Partial(got.scores, len(got.scores), lost.mean <= limit + 1e-12, True, lost.mean, ends)
         scores = self._known(plan)
+        if not self._bounded(scores):
+            return self.decide(plan, limit)
         found = self._partial(scores, limit)
         most = max(self._total * patience, len(scores))
         if found.within is None and len(scores) < most:
             with self._scorer(plan) as scorer:
                 while found.within is None and len(scores) < most:
                     scores = self._more(plan, scores, scorer)
+                    if not self._bounded(scores):
+                        return self.decide(plan, limit)
                     found = self._partial(scores, limit)
         if found.within is None:
             return self._partial(scores, limit, guess=True)
@@ -182,11 +190,20 @@ class Gradual:
     def bound(self, plan: Plan, candidates: int) -> float | None:
         """What the population's drop stays below, at the level that was asked, the plan being one of so many."""
         found = self.whole(plan)
-        if self._bounds is None or not len(found.scores):
+        if not len(found.scores) or not self._bounded(found.scores) or self._bounds is None:
             return None
         width = self._bounds[1] - self._bounds[0]
         worse = self._worse(found.scores, self.reference.scores)
         return sequential.upper_bound(worse, -width, width, (1 - self.certainty.level) / candidates)
+
+    def _bounded(self, scores: Scores) -> bool:
+        """Whether the scores are within the bounds; where these were taken from the float network's scores and a plan
+        has others, the metric counts as one without."""
+        if self._bounds is not None and len(scores):
+            low, high = self._bounds
+            if float(scores.min()) < low or float(scores.max()) > high:
+                self._bounds = None
+        return self._bounds is not None
 
     @property
     def _total(self) -> int:

@@ -19,7 +19,7 @@ from ._files import check_writable
 from .bench import Bench, suffix
 from .compare import drop
 from .evaluate import Evaluator
-from .gradual import Certainty
+from .gradual import CERTAINTY, Certainty
 from .plan import Budget, Plan
 from .profile import Profile, measure
 from .progress import Progress, Silent
@@ -35,8 +35,6 @@ from .task import Split, Task
 from .technique import Step, Technique
 from .techniques.int_ import Int
 from .verify import Check, verify
-
-_CERTAINTY = Certainty()
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ def optimize(
     prepare: Sequence[Step] = (),
     method: Search | None = None,
     sensitivity: Sensitivity = DIAGONAL,
-    certainty: Certainty = _CERTAINTY,
+    certainty: Certainty = CERTAINTY,
     store: Store | str | Path | None = None,
     batch: int = 1,
     seed: int = 0,

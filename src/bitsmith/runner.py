@@ -44,7 +44,7 @@ class Runner:
             arrays, size = example_arrays(inputs), batch_size(inputs)
             parts: list[list[Array]] = []
             for first in range(0, size, step):
-                # the last ones are filled up with the first sample
+                # the last ones are filled up with the last sample
                 chosen = np.minimum(np.arange(first, first + step), size - 1)
                 parts.append(run([array[chosen] for array in arrays]))
             leaves = [torch.from_numpy(np.concatenate(found)[:size]) for found in zip(*parts, strict=True)]

@@ -103,7 +103,14 @@ class _Samples:
         if not isinstance(loader.sampler, SequentialSampler) or loader.batch_size is None or loader.drop_last:
             return None
         total = len(loader.dataset)  # type: ignore[arg-type]  # a sequential sampler asked for it too
-        return cls(loader, total, loader.batch_size) if total else None
+        if not total:
+            return None
+        found = cls(loader, total, loader.batch_size)
+        try:
+            found.take([0, total // 2, total - 1])
+        except (RuntimeError, TypeError, KeyError):
+            return None  # samples of unlike shape go together in the loader's own order only
+        return found
 
     def take(self, indices: Sequence[int]) -> tuple[Any, Any]:
         collate = self.loader.collate_fn

@@ -257,12 +257,6 @@ def test_groups_change_together() -> None:
     assert [program.point(choice).loss for choice in found] == [0.0, 2.0, 7.5]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="what the sites of one group lose together is left out of what the group adds: each is compared with the "
-    "others as they were before",
-)
 def test_what_a_group_loses_with_itself_counts() -> None:
     """The group loses 0.5 and 2 together, the other site 1."""
     profile = pairs(("a", "b", 2.0), losses={"a": 0.25, "b": 0.25, "c": 1.0}, groups=(("a", "b"),))
@@ -305,10 +299,5 @@ def test_equal_levels_are_in_order_of_names() -> None:
     assert levels(program, "ms") == sorted({Bits(b) for b in (4, 8, 16, 32)} - {control}, key=str)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="where the drop is minimized levels() puts the technique of most loss first: 2 bits before 8",
-)
 def test_levels_go_from_high_precision_to_low_where_the_drop_is_minimized() -> None:
     assert levels(Program(several()), "drop") == [Bits(16), EIGHT, FOUR, Bits(2)]

@@ -168,11 +168,6 @@ def test_shares_of_changed_sites_differ() -> None:
     assert np.std(found) > 0.15
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="the technique that a site has already is drawn too: with two techniques no more than about half changes",
-)
 @pytest.mark.parametrize("techniques", [(EIGHT,), (EIGHT, FOUR)], ids=["two", "three"])
 def test_the_share_of_changed_sites_is_uniform(techniques: tuple[Technique, ...]) -> None:
     found = shares(techniques)

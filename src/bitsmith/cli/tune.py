@@ -164,7 +164,7 @@ def run_search(options: Namespace) -> int:
     from .._files import check_writable
     from ..model.load import load_model, load_task
     from ..profile import Profile
-    from ..search.base import BudgetError
+    from ..search.base import BudgetError, SearchInterrupted
     from .progress import TerminalProgress
 
     check_writable(options.out.parent)
@@ -192,6 +192,9 @@ def run_search(options: Namespace) -> int:
             result = bs.search(profile, budget, options.minimize, evaluate=evaluate, progress=progress.told)
         except BudgetError as error:
             save_best(error, options.out)
+            raise
+        except SearchInterrupted as error:
+            _save_so_far(error, options.out)
             raise
     print_frontier(result)
     show.written(result.plan.save(options.out))
@@ -247,7 +250,7 @@ def run_optimize(options: Namespace) -> int:
 
     from ..model.load import load_model, load_task
     from ..report.terminal import summary
-    from ..search.base import BudgetError
+    from ..search.base import BudgetError, SearchInterrupted
     from .progress import TerminalProgress
 
     prepare_store(options, options.out)
@@ -274,6 +277,9 @@ def run_optimize(options: Namespace) -> int:
             )
         except BudgetError as error:
             save_best(error, options.out / "plan.json")
+            raise
+        except SearchInterrupted as error:
+            _save_so_far(error, options.out / "plan.json")
             raise
     summary(found.report, show.console())
     show.written(*written_by_optimize(options.out, found.artifact.path))
@@ -302,3 +308,9 @@ def save_best(error: Any, path: Path) -> None:
     """Save the plan that misses the budget by least, and say so on the error itself."""
     error.best.plan.save(path)
     error.add_note(f"the closest plan is saved: {path}")
+
+
+def _save_so_far(interrupt: Any, path: Path) -> None:
+    """Save the best plan that an interrupted search knows, and say so."""
+    show.plain("interrupted: this is the best plan so far")
+    show.written(interrupt.best.plan.save(path))

@@ -171,7 +171,7 @@ class Point:
 class Result:
     """What a search found: ``best``, and the whole ``frontier``, least predicted ``minimize`` first.
 
-    ``evaluations``: plans whose drop was measured (of those without one, plans that were measured). ``samples``: how
+    ``evaluations``: plans that were measured, whole or in part (some only timed). ``samples``: how
     many were scored for it. ``missed``: by how much ``best`` misses each limit, in its unit.
     ``candidates``: plans that could have been returned, fixed before validation data were read; None: not fixed.
     """

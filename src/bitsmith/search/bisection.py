@@ -8,7 +8,7 @@ from ..plan import Budget
 from ..profile import Profile
 from .base import Evaluate, Progress, Result, Search
 from .ladder import around, bisect
-from .order import ORDERS, Order, levels, prefixes
+from .order import Order, check, levels, prefixes, unmeasured
 from .predicted import predicted
 from .program import Choice, Program
 from .trials import Trials, key_of
@@ -22,7 +22,8 @@ class Bisection(Search):
     sites are ordered by what each adds to those before it, ``mu`` weighting what two lose together. Those that kept one
     technique are candidates for the next. About log2 of their number evaluations for each technique.
 
-    ``order="ratio"``: loss for what is saved. ``order="random"``: the control, drawn with ``seed``. ``margin``,
+    ``order="ratio"``: loss for what is saved. ``order="random"``: the control, drawn with ``seed``. ``margin``:
+    neighbours that are predicted worse by no more than this fraction have their costs measured too; 0: none.
     ``max_evaluations``, ``patience``, ``passes``, ``seconds``: as in :class:`~bitsmith.searches.Exact`.
     """
 
@@ -36,10 +37,9 @@ class Bisection(Search):
     seconds: float | None = None
 
     def __post_init__(self) -> None:
-        if self.order not in ORDERS:
-            raise ValueError(f"Bisection(order={self.order!r}): must be one of {', '.join(ORDERS)}")
-        if not self.mu >= 0:
-            raise ValueError(f"Bisection(mu={self.mu}): must be a number of 0 or more")
+        check(self.order, self.mu, self.max_evaluations, "Bisection")
+        if not self.margin >= 0:
+            raise ValueError(f"Bisection(margin={self.margin}): must be a fraction of 0 or more")
 
     def search(
         self,
@@ -52,31 +52,35 @@ class Bisection(Search):
         program = Program(profile)
         base, among = program.control, list(range(len(program.units)))
         if evaluate is None:
-            points = []
-            for technique in levels(program, minimize):
-                ladder = prefixes(program, technique, base, among, self.order, minimize, self.mu, self.seed)
-                points += [program.point(choice) for choice in ladder]
-                base = ladder[-1]
-            return predicted(points, budget, minimize)
+            choices = unmeasured(program, self.order, minimize, self.mu, self.seed)
+            return predicted([program.point(choice) for choice in choices], budget, minimize)
         control = program.point(base)
         trials = Trials(
             evaluate, self.max_evaluations, budget, minimize, control, progress, self.patience, self.seconds
         )
         points = []
-        with trials.interruptible(None):
+        with trials.interruptible():
             trials.promise((len(program.units) + 1) ** len(levels(program, minimize)))
             trials.whole(control)
             for technique in levels(program, minimize):
                 ladder = prefixes(program, technique, base, among, self.order, minimize, self.mu, self.seed)
                 found = [program.point(choice) for choice in ladder]
                 points += found
-                kept = bisect(trials, found, fails_first=False) if budget.drop is not None else len(found) - 1
-                around(trials, found, max(kept, 0), self.margin)
-                base = ladder[max(kept, 0)]
+                kept = len(found) - 1
+                if budget.drop is not None:
+                    kept = bisect(trials, found, fails_first=False)
+                    # what only looked as if it kept the drop is asked again before more is built on it
+                    while kept > 0 and not trials.late and not trials.holds(found[kept]):
+                        kept = bisect(trials, found[:kept], fails_first=False)
+                kept = max(kept, 0)
+                trials.costs(found[kept])
+                if self.margin:
+                    around(trials, found, kept, self.margin)
+                base = ladder[kept]
                 among = _changed(base, program.control)
             trials.settle(self.passes)
         unique = list({key_of(point.plan): point for point in points}.values())
-        return trials.result(unique, trials.candidates)
+        return trials.result(unique)
 
 
 def _changed(choice: Choice, control: Choice) -> list[int]:

@@ -80,7 +80,7 @@ class Exact(Search):
             evaluate, self.max_evaluations, budget, minimize, control, progress, self.patience, self.seconds
         )
         candidates = {key_of(control.plan)}
-        with trials.interruptible(None):
+        with trials.interruptible():
             trials.whole(control)
             candidates |= {key_of(point.plan) for point in points}
             for _ in range(_TIGHTENINGS):
@@ -95,7 +95,7 @@ class Exact(Search):
                 candidates.add(key_of(everywhere.plan))
             trials.promise(len(candidates))
             climb(trials, points, self.margin, self.passes, everywhere)
-        return trials.result(points, len(candidates))
+        return trials.result(points)
 
 
 def _everywhere(program: Program, minimize: str) -> Point | None:

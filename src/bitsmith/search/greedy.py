@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..plan import Budget
 from ..profile import Profile
 from .base import Evaluate, Progress, Result, Search
-from .order import ORDERS, Order, levels, prefixes
+from .order import Order, check, levels, prefixes, unmeasured
 from .predicted import predicted
 from .program import Program
 from .trials import Trials, key_of
@@ -31,10 +31,7 @@ class Greedy(Search):
     seconds: float | None = None
 
     def __post_init__(self) -> None:
-        if self.order not in ORDERS:
-            raise ValueError(f"Greedy(order={self.order!r}): must be one of {', '.join(ORDERS)}")
-        if not self.mu >= 0:
-            raise ValueError(f"Greedy(mu={self.mu}): must be a number of 0 or more")
+        check(self.order, self.mu, self.max_evaluations, "Greedy")
 
     def search(
         self,
@@ -46,18 +43,15 @@ class Greedy(Search):
     ) -> Result:
         program = Program(profile)
         base, among = program.control, list(range(len(program.units)))
-        points = []
         if evaluate is None:
-            for technique in levels(program, minimize):
-                ladder = prefixes(program, technique, base, among, self.order, minimize, self.mu, self.seed)
-                points += [program.point(choice) for choice in ladder]
-                base = ladder[-1]
-            return predicted(points, budget, minimize)
+            choices = unmeasured(program, self.order, minimize, self.mu, self.seed)
+            return predicted([program.point(choice) for choice in choices], budget, minimize)
         control = program.point(base)
         trials = Trials(
             evaluate, self.max_evaluations, budget, minimize, control, progress, self.patience, self.seconds
         )
-        with trials.interruptible(None):
+        points = []
+        with trials.interruptible():
             trials.promise(None)
             trials.whole(control)
             last = control
@@ -83,4 +77,4 @@ class Greedy(Search):
                 if key_of(trials.best().plan) != key_of(control.plan) and not trials.best().missed(budget):
                     break
             trials.settle(self.passes)
-        return trials.result(points, None)
+        return trials.result(points)

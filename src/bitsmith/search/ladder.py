@@ -23,10 +23,10 @@ def climb(
         pivot = bisect(trials, points, fails_first=True) if set(budget.limits) != {"drop"} else 0
         pivot = min(pivot, last)
     else:
-        held = False
+        held = None
         if everywhere is not None and budget.drop is not None and not trials.spent:
             trials.ahead([everywhere, *points[-1:]])
-            held = trials.keeps(everywhere) and trials.holds(everywhere)
+            held = everywhere if trials.keeps(everywhere) and trials.holds(everywhere) else None
         if everywhere is not None and not trials.spent:
             trials.costs(everywhere)
         pivot = descend(trials, points, passes, held) if budget.drop is not None else last
@@ -76,23 +76,22 @@ def bisect(trials: Trials, points: Sequence[Point], fails_first: bool) -> int:
     return high if fails_first else low
 
 
-def descend(trials: Trials, points: Sequence[Point], passes: float, held: bool = False) -> int:
+def descend(trials: Trials, points: Sequence[Point], passes: float, held: Point | None = None) -> int:
     """The last point found to keep the drop, from the far end down: after each that does not, where the drop would be
     at the limit if it went with the loss. -1: none.
 
-    What looks after ``patience`` as if it kept the drop is decided with certainty: it is evaluated whole anyway. Faster
-    points than one that keeps it are tried while ``passes`` leave room for a whole evaluation; none beyond that, if
-    another plan is ``held`` that keeps it.
+    What looks after ``patience`` as if it kept the drop is decided with certainty: it is evaluated whole anyway. Once
+    a point is found that keeps it (or another is ``held`` that does), others are tried while ``passes`` leave room for
+    its whole evaluation and theirs.
     """
     low, high, index = -1, len(points), len(points) - 1
     while high - low > 1 and not trials.spent:
-        if held and trials.used + 1.0 > passes:
+        kept = points[low] if low >= 0 else held
+        if kept is not None and trials.used + 1.0 + trials.left(kept) > passes:
             break
         trials.ahead([points[k] for k in (index, *_following(trials, points, low, index, high))])
         if trials.keeps(points[index]) and trials.holds(points[index]):
             low = index
-            if trials.used + 1.0 + trials.left(points[low]) > passes:
-                break
             index = (low + high) // 2
         else:
             high = index

@@ -21,12 +21,13 @@ def levels(program: Program, minimize: str) -> list[Technique]:
     offered = {t for unit in program.units for t in unit.techniques}
     base = {unit.techniques[k] for unit, k in zip(program.units, program.control, strict=True)}
     costs = {}
+    quantity = "mib" if minimize == "drop" else minimize  # what more bits cost in any case
     for technique in offered - base:
         choice = [
             unit.techniques.index(technique) if technique in unit.techniques else k
             for unit, k in zip(program.units, program.control, strict=True)
         ]
-        costs[technique] = program.point(tuple(choice)).predicted(minimize)
+        costs[technique] = program.point(tuple(choice)).predicted(quantity)
     return sorted(costs, key=lambda t: (-costs[t], str(t)))
 
 
@@ -90,9 +91,24 @@ def _walk(program: Program, technique: Technique, base: Choice, queue: Sequence[
 def _added(program: Program, technique: Technique, choice: Choice, unit: int, mu: float) -> float:
     """What a plan loses more when that decision is changed as well."""
     before = program.units[unit].techniques[choice[unit]]
-    total = 0.0
-    for site in program.units[unit].sites:
-        total += program.rows[site][technique].loss - program.rows[site][before].loss
-        if mu:
-            total += mu * (program.together(site, technique, choice) - program.together(site, before, choice))
-    return total
+    alone = sum(program.rows[s][technique].loss - program.rows[s][before].loss for s in program.units[unit].sites)
+    return alone + mu * (program.together(unit, technique, choice) - program.together(unit, before, choice))
+
+
+def check(order: str, mu: float, max_evaluations: int, search: str) -> None:
+    """Raise ``ValueError`` for settings that a search along an order cannot have."""
+    if order not in ORDERS:
+        raise ValueError(f"{search}(order={order!r}): must be one of {', '.join(ORDERS)}")
+    if not mu >= 0:
+        raise ValueError(f"{search}(mu={mu}): must be a number of 0 or more")
+    if max_evaluations < 2:
+        raise ValueError(f"{search}(max_evaluations={max_evaluations}): must be at least 2, the float plan and another")
+
+
+def unmeasured(program: Program, by: Order, minimize: str, mu: float, seed: int) -> list[Choice]:
+    """The prefixes of every technique in turn, each behind all of the one before: what can be had without measuring."""
+    found, base, among = [], program.control, range(len(program.units))
+    for technique in levels(program, minimize):
+        found += prefixes(program, technique, base, among, by, minimize, mu, seed)
+        base = found[-1]
+    return found or [base]

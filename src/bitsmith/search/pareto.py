@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import random
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from .hypervolume import non_dominated
 from .predicted import predicted
 from .program import Choice, Program
 from .proposals import Proposals, Space, require
+from .random_plans import drawn
 from .study import Judge, Ledger, finished, stored
 from .trials import Trials, key_of
 
@@ -44,8 +46,9 @@ class Pareto(Search):
     ``objectives``: two or more of ``drop``, ``ms``, ``mib``, ``mj``. ``sampler``: ``nsga2`` (Deb et al. 2002, IEEE
     Trans. Evolutionary Computation 6:2) or ``tpe`` (Bergstra et al. 2011, NeurIPS 24; Ozaki et al. 2020, GECCO,
     doi:10.1145/3377930.3389817, for several objectives). ``trials``: plans measured in all, the float plan and those of
-    ``seeds`` included; each once. ``seeds``: a search whose predicted frontier is measured first; None: only the float
-    plan. Limits are constraints, and the drop of a plan that breaks another limit as measured is not measured.
+    ``seeds`` included; each once. ``seeds``: a search whose predicted frontier is measured first; None: the float plan
+    and random plans; with few trials NSGA-II is then no better than these. Limits are constraints, and the drop of a
+    plan that breaks another limit as measured is not measured.
 
     Trials are chosen in batches of ``population``, so what is tried does not depend on how many processes measure.
     ``storage``: where the trials are kept: None in memory; a file (SQLite); or an address that Optuna takes, such as
@@ -109,10 +112,10 @@ class Pareto(Search):
             control = program.point(program.control)
             trials = Trials(evaluate, self.trials, budget, minimize, control, progress, seconds=self.seconds)
             trials.asks_drop |= "drop" in self.objectives
-            with trials.interruptible(None):
+            with trials.interruptible():
                 trials.promise(None)
                 self._walk(budget, first, self.storage, _Tried(program, trials))
-            return self._sorted(trials.result((), None))
+            return self._sorted(trials.result(()))
         except BudgetError as error:
             raise BudgetError(self._sorted(error.best)) from None
         except SearchInterrupted as stop:
@@ -180,10 +183,13 @@ class Pareto(Search):
     def _guided(self, program: Program, budget: Budget, progress: Progress | None) -> list[Choice]:
         """The float plan, then the predicted frontiers of loss and each cost, spread so that any beginning covers them.
 
-        At most two populations of them.
+        At most two populations of them. Without seeds a population that is drawn as random plans are: of Optuna's own
+        draws all change about the same share of the decisions.
         """
         if self.seeds is None:
-            return [program.control]
+            generator = random.Random(self.seed)
+            spread = [drawn(program, generator) for _ in range(self.population - 1)]
+            return list(dict.fromkeys([program.control, *spread]))
         ladders: list[list[Choice]] = []
         for cost in self.objectives:
             if cost == "drop":

@@ -90,14 +90,16 @@ class Program:
             for unit in self.units
         )
 
-    def together(self, site: str, technique: Technique, choice: Choice) -> float:
-        """What that technique at the site loses together with all other decisions of a choice."""
-        table = self.profile.interactions.get((site, technique), {})
+    def together(self, unit: int, technique: Technique, choice: Choice) -> float:
+        """What that technique at a decision loses together with the others of a choice, and among its own sites."""
         total = 0.0
-        for (other, its), loss in table.items():
-            unit = self._unit_of.get(other)
-            if unit is not None and other != site and self.units[unit].techniques[choice[unit]] == its:
-                total += loss
+        for site in self.units[unit].sites:
+            for (other, its), loss in self.profile.interactions.get((site, technique), {}).items():
+                at = self._unit_of.get(other)
+                if at == unit:
+                    total += 0.5 * loss if its == technique else 0.0  # met from both ends
+                elif at is not None and self.units[at].techniques[choice[at]] == its:
+                    total += loss
         return total
 
     def point(self, choice: Choice) -> Point:

@@ -41,23 +41,26 @@ class RandomPlans(Search):
         program = Program(profile)
         generator = random.Random(self.seed)
         control = program.point(program.control)
-        points = [program.point(_drawn(program, generator)) for _ in range(self.plans)]
+        points = [program.point(drawn(program, generator)) for _ in range(self.plans)]
         if evaluate is None:
             return predicted([control, *points], budget, minimize)
         trials = Trials(evaluate, self.plans + 1, budget, minimize, control, progress, seconds=self.seconds)
-        with trials.interruptible(len(points) + 1):
+        with trials.interruptible():
             trials.promise(len(points) + 1)
             trials.whole(control)
             for point in points:
                 if not trials.late:
                     (trials.whole if minimize == "drop" else trials.costs)(point)
             trials.settle(self.passes)
-        return trials.result(points, len(points) + 1)
+        return trials.result(points)
 
 
-def _drawn(program: Program, generator: random.Random) -> Choice:
+def drawn(program: Program, generator: random.Random) -> Choice:
+    """A plan that changes each decision with one probability, itself uniform."""
     share = generator.random()
     return tuple(
-        generator.randrange(len(unit.techniques)) if generator.random() < share else k
+        generator.choice([other for other in range(len(unit.techniques)) if other != k] or [k])
+        if generator.random() < share
+        else k
         for unit, k in zip(program.units, program.control, strict=True)
     )

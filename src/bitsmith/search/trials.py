@@ -46,7 +46,6 @@ class Trials:
         self.evaluate, self.most, self.budget, self.minimize = evaluate, most, budget, minimize
         self.control, self.progress, self.patience = control, progress, patience
         self.seen: dict[Key, Point] = {}
-        self.failed: set[Key] = set()
         self._end = None if seconds is None else time.monotonic() + seconds
         self.asks_drop = budget.drop is not None or minimize == "drop"
         self.candidates: int | None = 1  # the float plan, until more are promised
@@ -212,9 +211,10 @@ class Trials:
     def tolerable(self, point: Point) -> float:
         """The predicted loss at which the drop would be at its limit, if it went with the loss, as at this point."""
         got, limit = self._of(point).evaluation, self.budget.drop
-        if got is None or got.drop is None or limit is None or limit <= 0 or not got.drop > limit:
+        lost = None if got is None else got.judged
+        if lost is None or limit is None or limit <= 0 or not lost > limit:
             return point.loss / 2
-        return point.loss * limit / got.drop
+        return point.loss * limit / lost
 
     def _set_size(self) -> int:
         return max(
@@ -237,31 +237,30 @@ class Trials:
         if limit is not None and isinstance(self.evaluate, Staged) and not self._refuted(point):
             got = self._of(point).evaluation
             if got is None or got.drop is None or not (got.certain or got.complete):
-                self._learn(point, lambda staged: staged.decide(point.plan, limit))
+                got = self._learn(point, lambda staged: staged.decide(point.plan, limit)).evaluation
+            if got is not None and got.population and got.within and not got.complete:
+                self.whole(point)  # the bound on the population is known of whole evaluations only
         return "drop" not in self._of(point).missed(self.budget)
 
     @contextmanager
-    def interruptible(self, candidates: int | None) -> Iterator[None]:
+    def interruptible(self) -> Iterator[None]:
         """An interrupt inside carries the best plan so far."""
         try:
             yield
         except KeyboardInterrupt as interrupt:
             if not self.seen or isinstance(interrupt, SearchInterrupted):
                 raise
-            raise SearchInterrupted(self._result((), candidates)) from interrupt
+            raise SearchInterrupted(self._result(())) from interrupt
 
-    def result(self, points: Iterable[Point], candidates: int | None) -> Result:
-        """All that was measured and the predicted ``points``; raises :class:`BudgetError` if nothing meets the budget.
-
-        ``candidates``: how many plans could have been returned, None if what was seen decided which are looked at.
-        """
-        found = self._result(points, candidates)
+    def result(self, points: Iterable[Point]) -> Result:
+        """All that was measured and the predicted ``points``; :class:`BudgetError` if nothing meets the budget."""
+        found = self._result(points)
         if found.missed:
             raise BudgetError(found)
         return found
 
-    def _result(self, points: Iterable[Point], candidates: int | None) -> Result:
-        best = self.best()
+    def _result(self, points: Iterable[Point]) -> Result:
+        best, candidates = self.best(), self.candidates
         if candidates is not None and isinstance(self.evaluate, Staged) and best.evaluation is not None:
             bound = self.evaluate.bound(best.plan, candidates) if _has_drop(best) else None
             known = dataclasses.replace(best, evaluation=dataclasses.replace(best.evaluation, drop_bound=bound))
