@@ -17,7 +17,7 @@ from ..plan import Plan
 from ..site import Format, Record
 from ..techniques.float_ import Float
 from ..techniques.int_ import Int
-from .onnx import clean, opset_of, origin_of
+from .onnx import cleaning, opset_of, origin_of
 from .rewrite import DEQUANTIZE, QUANTIZE, attributes, constant, initializer, replace, rewritten
 
 if TYPE_CHECKING:
@@ -42,12 +42,13 @@ def derive(
     import onnx_ir as ir
 
     try:
-        derived = rewritten(
-            full, lambda graph: _Derivation(graph, ir.from_proto(base).graph, plan, full_plan, record).run()
+        return rewritten(
+            full,
+            lambda graph: _Derivation(graph, ir.from_proto(base).graph, plan, full_plan, record).run(),
+            *cleaning(opset_of(full)),
         )
     except _UnderivableError:
         return None
-    return clean(derived)
 
 
 class _UnderivableError(Exception):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .onnx import name_nodes
 from .rewrite import (
     DEQUANTIZE,
     QUANTIZE,
@@ -35,7 +36,7 @@ FUSING = ".Fusing.Dequantize"
 
 
 def onnxruntime_form(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model in the form that ONNX Runtime's integer fusions match."""
+    """The model in the form that ONNX Runtime's integer fusions match, its nodes named after their sites."""
     return rewritten(
         model,
         spatial_means,
@@ -44,6 +45,7 @@ def onnxruntime_form(model: onnx.ModelProto) -> onnx.ModelProto:
         integer_padding,
         whole_channel_blocks,
         merge_duplicates,
+        name_nodes,
     )
 
 

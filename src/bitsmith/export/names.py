@@ -8,6 +8,7 @@ the one place that reads them.
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -54,12 +55,18 @@ def parse_scopes(scopes: str | Iterable[str]) -> Origin:
     >>> parse_scopes(["", "conv", "_bitsmith.cells.conv", "conv2d"]).site
     'conv'
     """
-    if isinstance(scopes, str):
-        try:
-            scopes = ast.literal_eval(scopes)
-        except (ValueError, SyntaxError):
-            return Origin()
-    paths = list(scopes)
+    return _parsed(scopes) if isinstance(scopes, str) else _origin(list(scopes))
+
+
+@functools.lru_cache(2**14)  # the files of a plan's parts have the same nodes
+def _parsed(scopes: str) -> Origin:
+    try:
+        return _origin(list(ast.literal_eval(scopes)))
+    except (ValueError, SyntaxError):
+        return Origin()
+
+
+def _origin(paths: list[str]) -> Origin:
     own = [path for path in paths[:-1] if path and CELLS not in path and TENSORS not in path]
     path = own[-1] if own else ""
     for scope in reversed(paths):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -70,8 +70,12 @@ def raw_onnx(program: ExportedProgram, opset: int | None = None) -> onnx.ModelPr
 
 def clean(raw: onnx.ModelProto) -> onnx.ModelProto:
     """A copy of a raw model without duplicates and implied clips, its nodes named after their sites."""
-    return rewritten(
-        raw,
+    return rewritten(raw, *cleaning(opset_of(raw)))
+
+
+def cleaning(opset: int) -> tuple[Callable[[ir.Graph], None], ...]:
+    """The passes of :func:`clean`."""
+    return (
         drop_identity_gathers,
         fold_casts,
         merge_requantization,
@@ -79,9 +83,9 @@ def clean(raw: onnx.ModelProto) -> onnx.ModelProto:
         fold_weight_transposes,
         look_up_integers,
         drop_implied_clips,
-        *((pack_int4,) if opset_of(raw) >= 21 else ()),
+        *((pack_int4,) if opset >= 21 else ()),
         merge_duplicates,
-        _name_nodes,
+        name_nodes,
     )
 
 
@@ -89,11 +93,6 @@ def opset_of(model: onnx.ModelProto) -> int:
     """The version of the standard operators that the model is written in."""
     version: int = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
     return version
-
-
-def named(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy with every node named after its site or tensor, uniquely."""
-    return rewritten(model, _name_nodes)
 
 
 def origin_of(metadata: Mapping[str, str]) -> Origin:
@@ -174,7 +173,8 @@ def _mark_absorbed(model: onnx.ModelProto, program: ExportedProgram) -> None:
             entry.key, entry.value = _OWNER, layers[site]
 
 
-def _name_nodes(graph: ir.Graph) -> None:
+def name_nodes(graph: ir.Graph) -> None:
+    """Name every node after its site or tensor, uniquely."""
     counts: dict[str, int] = {}
     for node in graph:
         origin = origin_of(node.metadata_props)

@@ -18,7 +18,7 @@ from torch import nn
 from .._files import atomic_write
 from ..export.forms import onnxruntime_form
 from ..export.names import site_names
-from ..export.onnx import named, site_map, to_onnx
+from ..export.onnx import site_map, to_onnx
 from ..export.program import applied_program
 from ..model.apply import is_applied, plan_of
 from ..model.formats import place
@@ -146,7 +146,7 @@ class OnnxRuntime(Target):
         """Bring a graph into the form that ONNX Runtime fuses, save it, and its map beside it."""
         import onnx
 
-        model = named(onnxruntime_form(model))
+        model = onnxruntime_form(model)
         nodes, values = site_map(model, sites)
         # shapes of inner values, which the runtime infers: files of one plan are equally long however they were made
         del model.graph.value_info[:]
