@@ -88,18 +88,18 @@ class Evaluator:
         )
 
     def costs(self, plan: Plan) -> Evaluation:
-        """Time, size and energy of the exported file; the drop is not measured."""
+        """Time, size and energy, of the exported file unless the target computes them; the drop is not measured."""
         bench, adapted = self.bench, self.adapted(plan)
         if self._decisions is not None:
             self._decisions.quiet()
         plain, timing = bench.times([Plan(), adapted])
-        artifact = bench.artifact(adapted)
+        has_energy = bench.target.energy(bench.artifact(Plan())) is not None
         return Evaluation(
             plan=adapted,
             ms=timing.ms,
             ms_spread=timing.spread,
-            bytes=artifact.bytes,
-            mj=bench.target.energy(artifact),
+            bytes=bench.size(adapted),
+            mj=bench.target.energy(bench.artifact(adapted)) if has_energy else None,
             float_ms=plain.ms,
             source=bench.target.source,
         )

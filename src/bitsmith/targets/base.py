@@ -263,6 +263,10 @@ class Target(ABC):
         """Modelled ms to bring ``numel`` values from one format to another ("float", "u8"); None: measure it."""
         return None
 
+    def computed(self, plan: Plan, record: Record, batch: int) -> Timing | None:
+        """The time of an adapted plan without ``prepare`` steps, had it been exported; None: that takes its file."""
+        return None
+
     def settings(self) -> dict[str, Any]:
         """What a stored time depends on besides the artifact: machine, versions, threads."""
         return {"target": self.name}

@@ -169,6 +169,12 @@ class Roofline(Target):
         """One modelled figure for each artifact; ``rounds`` would not change it."""
         return [Timing((self.site_times(a).whole,), a.batch, self.threads, self.source) for a in artifacts]
 
+    def computed(self, plan: Plan, record: Record, batch: int) -> Timing | None:
+        shapes = (o.shape for site in record.sites.values() for o in site.operands if o.tensor.startswith("@"))
+        recorded = next((shape[0] for shape in shapes if shape), batch)
+        costs, _ = _costed(self, record.sites, plan, batch / recorded)
+        return Timing((sum(costs.values()),), batch, self.threads, self.source)
+
     def run(self, artifact: Artifact, inputs: Sequence[Array], tensors: Sequence[str] = ()) -> list[Array]:
         raise TargetError("a modelled target runs nothing; use targets.OnnxRuntime to run an exported file")
 
@@ -201,8 +207,15 @@ def modelled(
     Raises :class:`TargetError` for a site that the target cannot compute.
     """
     computer = computer_of(net)
-    plan, factor = computer.plan, _factor(computer.record_sites, inputs)
-    record = _record({name: scaled(site, factor) for name, site in computer.record_sites.items()})
+    sites = computer.record_sites
+    return _costed(target, sites, computer.plan, _factor(sites, inputs))
+
+
+def _costed(
+    target: Target, sites: Mapping[str, Site], plan: Plan, factor: float
+) -> tuple[dict[str, float], dict[str, str]]:
+    """:func:`modelled` of an adapted plan, the recorded batch grown by ``factor``."""
+    record = _record({name: scaled(site, factor) for name, site in sites.items()})
     precisions = {}
     for name, verdict in target.realise(plan, record).items():
         if isinstance(verdict, No):
