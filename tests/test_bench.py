@@ -246,3 +246,23 @@ def test_a_store_given_as_a_path_is_closed_and_its_folder_of_artifacts_removed(t
     assert not path.exists()
     with pytest.raises(bs.StoreError, match="closed"):
         store.rows("time")
+
+
+def test_computed_times_take_no_file() -> None:
+    """The size is then that of the float file with the plan's weights; with steps the plan is exported after all."""
+    target = bs.targets.Roofline(float32=10.0, int8=40.0, bandwidth_gb_s=5.0)
+    bench = Bench.open(small(), task(), target)
+    plan = bench.adapted(bs.Plan(dict.fromkeys(("left", "right"), bs.Int(8, 8))))
+    plain, timing = bench.times([bs.Plan(), plan])
+    assert not list(bench.folder.rglob("*.onnx"))
+    sites = bench.net.record.sites
+    saved = sum(sites[name].parameter_bytes - bs.Int(8, 8).bits(sites[name]) / 8 for name in ("left", "right"))
+    assert saved > 0
+    assert bench.size(plan) == round(bench.artifact(bs.Plan()).bytes - saved)
+    assert bench.size(bs.Plan()) == bench.artifact(bs.Plan()).bytes
+    (artifact,) = bench.folder.rglob("*.onnx")
+    assert artifact == bench.artifact(bs.Plan()).path
+    measured = target.measure([bench.artifact(bs.Plan()), bench.artifact(plan)])
+    assert [plain.ms, timing.ms] == [pytest.approx(t.ms) for t in measured]
+    stepped = plan.replace(prepare=(bs.CorrectBias(),))
+    assert bench.size(stepped) == bench.artifact(stepped).bytes

@@ -58,6 +58,12 @@ def test_every_setting_reads_back(w: int, a: int | None, flag: bool, method: Any
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 
 
+def test_a_plan_of_steps_alone_is_not_empty() -> None:
+    assert Plan().empty
+    assert not Plan({"a": Int(8, 8)}).empty
+    assert not Plan(prepare=(Mine(),)).empty  # type: ignore[arg-type]
+
+
 def test_strangers_techniques_are_named_by_the_caller_only(tmp_path: Path) -> None:
     path = Plan({"a": Mine(0.25)}).save(tmp_path / "plan.json")
     with pytest.raises(PlanError, match=r"unknown type 'Mine'.*techniques="):

@@ -183,7 +183,7 @@ class Bench:
 
     def score(self, plan: Plan | None, split: Split = "validation") -> Score:
         """The metric of an adapted plan, or of the float model (None, or a plan that changes nothing)."""
-        if plan is not None and not plan.sites and not plan.prepare:
+        if plan is not None and plan.empty:
             plan = None
         found = self.store.get_or(
             "accuracy",

@@ -76,7 +76,7 @@ class Evaluator:
     def _judged(self, adapted: Plan) -> Evaluation:
         """The metric and the drop on the whole set."""
         reference = self.gradual.reference
-        got = self.gradual.whole(adapted) if adapted.sites else reference
+        got = reference if adapted.empty else self.gradual.whole(adapted)
         lost = drop(reference, got)
         return Evaluation(
             plan=adapted,
@@ -107,7 +107,7 @@ class Evaluator:
     def decide(self, plan: Plan, limit: float, patience: float = 1.0) -> Evaluation:
         """Whether the drop is within ``limit``, on as many samples as that takes (see :class:`Staged`)."""
         adapted = self.adapted(plan)
-        if not adapted.sites:
+        if adapted.empty:
             return self(plan)
         self._collect(adapted)
         found = self.gradual.decide(adapted, limit, patience)
@@ -130,14 +130,14 @@ class Evaluator:
 
     def score(self, plan: Plan, split: Split) -> Score:
         """The metric of an adapted plan, as evaluations measure it: on the runtime where they run there."""
-        if not plan.sites:
+        if plan.empty:
             return self.bench.score(None, split)
         return self.gradual.whole(plan) if split == "validation" else self.gradual.on(plan, split)
 
     def bound(self, plan: Plan, candidates: int) -> float | None:
         """What the population's drop stays below at the level of the certainty, the plan being one of so many."""
         adapted = self.adapted(plan)
-        return self.gradual.bound(adapted, candidates) if adapted.sites else 0.0
+        return 0.0 if adapted.empty else self.gradual.bound(adapted, candidates)
 
     @contextlib.contextmanager
     def helped(self, executor: Executor) -> Iterator[Evaluator]:
@@ -165,7 +165,7 @@ class Evaluator:
         """
         if self._decisions is not None:
             adapted = [self.adapted(plan) for plan in plans]
-            simulated = [plan for plan in adapted if plan.sites and (plan.prepare or self.gradual.runner is None)]
+            simulated = [plan for plan in adapted if plan.prepare or (plan.sites and self.gradual.runner is None)]
             self._decisions.begin(simulated, limit, patience)
 
     def _collect(self, adapted: Plan) -> None:

@@ -236,8 +236,7 @@ class Gradual:
         if self.runner is not None and not plan.prepare:  # a prepared plan is exported anew, which takes longer
             yield self.runner.scorer(plan)
             return
-        changes = bool(plan.sites or plan.prepare)
-        net = self.bench.simulate(plan) if changes else self.bench.model
+        net = self.bench.model if plan.empty else self.bench.simulate(plan)
         with evaluating(net):
             yield lambda inputs: call(net, inputs, self.bench.task.forward)
 

@@ -69,6 +69,11 @@ class Plan:
     def __len__(self) -> int:
         return len(self.sites)
 
+    @property
+    def empty(self) -> bool:
+        """Without sites and steps: the float network."""
+        return not self.sites and not self.prepare
+
     def get(self, name: str) -> Technique | None:
         return self.sites.get(name)
 

@@ -152,6 +152,25 @@ def test_batch_scales_what_was_recorded(tmp_path: Path) -> None:
         assert MACHINE.site_times(artifact).sites["a"] == pytest.approx(macs / 10e9 * 1e3 + 0.002)
 
 
+@pytest.mark.parametrize("batch", [1, 4, 9])
+@pytest.mark.parametrize(
+    "plan",
+    [Plan(), Plan({"a": Int(8, 8), "b": Int(8, 8)}), Plan({"b": Int(8, 8), "c": Int(8, None)})],
+    ids=["float", "two", "last"],
+)
+def test_the_time_of_a_plan_is_that_of_its_file(tmp_path: Path, record: Record, plan: Plan, batch: int) -> None:
+    timing = MACHINE.computed(plan, record, batch)
+    assert timing is not None
+    (expected,) = MACHINE.measure([exported(plan, tmp_path / "n.onnx", batch)])
+    assert timing.ms == pytest.approx(expected.ms, rel=1e-12)
+    assert (timing.batch, timing.threads, timing.source) == (batch, expected.threads, "modelled")
+
+
+def test_a_plan_that_it_cannot_compute_has_no_time(record: Record) -> None:
+    with pytest.raises(TargetError, match=r"'a' under Int.*int8"):
+        Roofline(float32=1.0, bandwidth_gb_s=1.0).computed(Plan({"a": Int(8, 8)}), record, 1)
+
+
 def test_file_is_the_one_that_onnx_runtime_gets(tmp_path: Path) -> None:
     import onnx
 
