@@ -24,7 +24,7 @@ from .compare import Score
 from .data import digest, first_inputs
 from .export.program import with_batch
 from .metrics import source_digest
-from .model.apply import build
+from .model.apply import build, prepared
 from .model.calibrate import calibrate
 from .model.formats import place
 from .model.network import Network, duplicate, network, warn_unreached
@@ -38,7 +38,11 @@ from .task import Split, Task, score
 from .technique import Technique
 
 if TYPE_CHECKING:
-    import onnx
+    from .export.graphs import Graphs
+
+
+_READY = 3
+"""So many prepared networks are kept: a plan that is scored is often exported next."""
 
 
 @dataclass(eq=False)
@@ -60,8 +64,8 @@ class Bench:
     choose: bool = True
     _artifacts: dict[str, Artifact] = field(default_factory=dict)
     _digests: dict[str, str] = field(default_factory=dict)
-    _whole: Plan | None = None
-    _graphs: tuple[onnx.ModelProto, onnx.ModelProto, tuple[str, ...]] | None = None
+    _graphs: Graphs | None = None
+    _ready: dict[str, Network] = field(default_factory=dict)
 
     @classmethod
     def open(
@@ -179,7 +183,13 @@ class Bench:
         """The applied network of an adapted plan."""
         if not plan.prepare:
             self.ranges(list(place(plan, self.net.record).tensors))
-        return build(self.net, plan, self.task.calibration, seed=self.seed)
+            return build(self.net, plan, self.task.calibration, seed=self.seed)
+        key = plan.digest()
+        ready = self._ready.pop(key, None) or prepared(self.net, plan, self.task.calibration)
+        self._ready[key] = ready  # the last one used is the last one
+        if len(self._ready) > _READY:
+            del self._ready[next(iter(self._ready))]
+        return build(self.net, plan, self.task.calibration, seed=self.seed, ready=ready)
 
     def score(self, plan: Plan | None, split: Split = "validation") -> Score:
         """The metric of an adapted plan, or of the float model (None, or a plan that changes nothing)."""
@@ -212,7 +222,7 @@ class Bench:
         return with_batch(first_inputs(self.task.calibration), self.batch)
 
     def artifact(self, plan: Plan) -> Artifact:
-        """The exported file of an adapted plan, derived from :meth:`everywhere` where it is a part of that."""
+        """The exported file of an adapted plan, derived from :meth:`everywhere` where it is a part of those."""
         digest = plan.digest()
         if digest not in self._artifacts:
             path = self.folder / "artifacts" / f"{digest[:16]}{suffix(self.target)}"
@@ -221,33 +231,17 @@ class Bench:
             self._artifacts[digest] = found or self.target.export(self.simulate(plan), path, self.example, self.batch)
         return self._artifacts[digest]
 
-    def everywhere(self, plan: Plan) -> None:
-        """Export this adapted plan once, when first needed: files of its parts then come in milliseconds."""
-        self._whole = plan
-        self._graphs = None
+    def everywhere(self, plans: Sequence[Plan]) -> None:
+        """Export each of these adapted plans once, when first needed: files whose sites are all computed as in one of
+        them then come in milliseconds."""
+        if type(self.target).write is not Target.write:
+            from .export.graphs import Graphs
+
+            self._graphs = Graphs(plans, self.simulate, self.example, self.batch)
 
     def _derived(self, plan: Plan, path: Path) -> Artifact | None:
-        if self._whole is None or type(self.target).write is Target.write:
-            return None
-        from .export.derive import derive
-
-        if self._graphs is None:
-            self._graphs = self._exported(self._whole)
-        full, base, sites = self._graphs
-        model = derive(full, base, plan, self._whole, self.net.record)
-        return None if model is None else self.target.write(model, path, sites, plan, self.batch)
-
-    def _exported(self, plan: Plan) -> tuple[onnx.ModelProto, onnx.ModelProto, tuple[str, ...]]:
-        """The graphs of a plan and of the plan that changes nothing, and the names of all sites."""
-        from .export.names import site_names
-        from .export.onnx import raw_onnx
-        from .export.program import applied_program
-
-        def graph(net: nn.Module) -> onnx.ModelProto:
-            return raw_onnx(applied_program(net, self.example, self.batch)[0])
-
-        full = self.simulate(plan)
-        return graph(full), graph(self.simulate(Plan(prepare=plan.prepare))), tuple(site_names(full))
+        found = None if self._graphs is None else self._graphs.derived(plan, self.net.record)
+        return None if found is None else self.target.write(found[0], path, found[1], plan, self.batch)
 
     def time_key(self, plans: Sequence[Plan], rounds: int) -> dict[str, Any]:
         """What a time depends on. The plan stands for its file: exporting twice need not give the same bytes."""
@@ -281,7 +275,8 @@ class Bench:
         return [Timing(tuple(t["samples"]), t["batch"], t["threads"], t["source"]) for t in found]
 
     def _computed(self, plan: Plan) -> Timing | None:
-        return None if plan.prepare else self.target.computed(plan, self.net.record, self.batch)
+        bare = without_values(plan)
+        return None if bare.prepare else self.target.computed(bare, self.net.record, self.batch)
 
     def size(self, plan: Plan) -> int:
         """Bytes of an adapted plan's file; where times need none, of the float file with the plan's weights in it."""
@@ -299,6 +294,11 @@ class Bench:
             lambda: asdict(self.target.site_times(self.artifact(plan), rounds)),
         )
         return SiteTimes(**found)
+
+
+def without_values(plan: Plan) -> Plan:
+    """The plan without its steps, if these change values only: another file, of the same operations and size."""
+    return plan.replace(prepare=()) if all(step.values_only for step in plan.prepare) else plan
 
 
 def suffix(target: Target) -> str:

@@ -84,9 +84,7 @@ def probe_plans(options: Mapping[str, Sequence[Option]], mixed: int, seed: int) 
     """
     offered = {site: [o.technique for o in rows if not o.is_float] for site, rows in options.items()}
     changing = [site for site, techniques in offered.items() if techniques]
-    plans = [Plan()]
-    for technique in dict.fromkeys(t for techniques in offered.values() for t in techniques):
-        plans.append(Plan({site: technique for site in changing if technique in offered[site]}))
+    plans = [Plan(), *everywhere(options)]
     generator = random.Random(seed)
     for index in range(mixed if changing else 0):
         share = (0.5 + index * _GOLDEN) % 1.0
@@ -122,10 +120,13 @@ def _parts(total: int, number: int, generator: random.Random) -> list[int]:
     return [high - low for low, high in itertools.pairwise(cuts)]
 
 
-def _everywhere(options: Mapping[str, Sequence[Option]]) -> Plan:
-    """Every site under its first technique that is not float: the other probes are parts of it."""
-    firsts = {site: next((o.technique for o in rows if not o.is_float), None) for site, rows in options.items()}
-    return Plan({site: technique for site, technique in firsts.items() if technique is not None})
+def everywhere(options: Mapping[str, Sequence[Option]]) -> list[Plan]:
+    """Each technique but float wherever it is offered: every other plan's sites are parts of these."""
+    offered = {site: [o.technique for o in rows if not o.is_float] for site, rows in options.items()}
+    return [
+        Plan({site: technique for site, techniques in offered.items() if technique in techniques})
+        for technique in dict.fromkeys(t for techniques in offered.values() for t in techniques)
+    ]
 
 
 def learn(bench: Bench, options: Mapping[str, Sequence[Option]], edges: Sequence[Edge], mixed: int = _MIXED) -> Costs:
@@ -133,7 +134,7 @@ def learn(bench: Bench, options: Mapping[str, Sequence[Option]], edges: Sequence
     record = bench.net.record
     asked = probe_plans(options, mixed, bench.seed)
     plans = [bench.adapted(plan) for plan in asked]
-    bench.everywhere(bench.adapted(_everywhere(options)))
+    bench.everywhere([bench.adapted(plan) for plan in everywhere(options)])
     plans = _exported(bench, plans, len(plans) - mixed + _FEWEST)
     profiled = len(asked) - mixed + 4
     bench.progress.start(f"profiling and timing {len(plans)} probe plans on {bench.target.name}", profiled + 1)

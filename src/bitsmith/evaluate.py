@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from .bench import Bench
+from .bench import Bench, without_values
 from .compare import Score, drop
 from .gradual import CERTAINTY, Certainty, Gradual
 from .model.formats import place
@@ -88,18 +88,22 @@ class Evaluator:
         )
 
     def costs(self, plan: Plan) -> Evaluation:
-        """Time, size and energy, of the exported file unless the target computes them; the drop is not measured."""
+        """Time, size and energy, of the exported file unless the target computes them; the drop is not measured.
+
+        Steps that change values only are left out of that file, which then comes without an export of its own.
+        """
         bench, adapted = self.bench, self.adapted(plan)
+        timed = without_values(adapted)
         if self._decisions is not None:
             self._decisions.quiet()
-        plain, timing = bench.times([Plan(), adapted])
+        plain, timing = bench.times([Plan(), timed])
         has_energy = bench.target.energy(bench.artifact(Plan())) is not None
         return Evaluation(
             plan=adapted,
             ms=timing.ms,
             ms_spread=timing.spread,
-            bytes=bench.size(adapted),
-            mj=bench.target.energy(bench.artifact(adapted)) if has_energy else None,
+            bytes=bench.size(timed),
+            mj=bench.target.energy(bench.artifact(timed)) if has_energy else None,
             float_ms=plain.ms,
             source=bench.target.source,
         )
@@ -165,7 +169,7 @@ class Evaluator:
         """
         if self._decisions is not None:
             adapted = [self.adapted(plan) for plan in plans]
-            simulated = [plan for plan in adapted if plan.prepare or (plan.sites and self.gradual.runner is None)]
+            simulated = [plan for plan in adapted if not plan.empty and self.gradual.runs(plan) is None]
             self._decisions.begin(simulated, limit, patience)
 
     def _collect(self, adapted: Plan) -> None:

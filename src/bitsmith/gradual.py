@@ -19,7 +19,7 @@ from .bench import Bench
 from .compare import Score, drop
 from .data import call, device_of
 from .plan import Plan
-from .runner import Runner, runner
+from .runner import Runner, pays, runner
 from .sampling import Shuffled, shuffled
 from .task import Split, batch_scores, evaluating, score, score_of
 
@@ -73,6 +73,7 @@ class Gradual:
     _source: Shuffled | None = None
     _bounds: tuple[float, float] | None = None
     _reference: Score | None = None
+    _exporting: bool | None = None
 
     def __post_init__(self) -> None:
         task = self.bench.task
@@ -86,6 +87,15 @@ class Gradual:
         if not self.run or self._source is None:
             return None
         return runner(self.bench, self._source.batch(0, self._source.chunk)[0])
+
+    def runs(self, plan: Plan) -> Runner | None:
+        """What evaluates an adapted plan on the runtime (a prepared one is exported for it); None: it is simulated."""
+        if self.runner is None or self._source is None or not plan.prepare:
+            return self.runner
+        if self._exporting is None:
+            inputs = self._source.batch(0, self._source.chunk)[0]
+            self._exporting = pays(self.runner, plan, inputs, self._source.total)
+        return self.runner if self._exporting else None
 
     @property
     def reference(self) -> Score:
@@ -179,10 +189,11 @@ class Gradual:
 
     def on(self, plan: Plan, split: Split) -> Score:
         """The score of a whole split, where the validation data are scored: on the runtime or by simulation."""
-        if not self.certainty.early or self.runner is None or plan.prepare:
+        runner = self.runs(plan) if self.certainty.early else None
+        if runner is None:
             return self.bench.score(plan, split)
-        key = {**self.bench.score_key(plan, split), "on": self.runner.key()}
-        model = _Called(self.runner.scorer(plan))
+        key = {**self.bench.score_key(plan, split), "on": runner.key()}
+        model = _Called(runner.scorer(plan))
         return Score.from_json(
             self.bench.store.get_or("accuracy", key, lambda: score(model, self.bench.task, split).to_json())
         )
@@ -233,8 +244,9 @@ class Gradual:
     @contextmanager
     def _scorer(self, plan: Plan) -> Iterator[Callable[[Any], Any]]:
         """What computes the plan's output for a batch of inputs."""
-        if self.runner is not None and not plan.prepare:  # a prepared plan is exported anew, which takes longer
-            yield self.runner.scorer(plan)
+        runner = self.runs(plan)
+        if runner is not None:
+            yield runner.scorer(plan)
             return
         net = self.bench.model if plan.empty else self.bench.simulate(plan)
         with evaluating(net):
@@ -242,7 +254,8 @@ class Gradual:
 
     def _key(self, plan: Plan, first: int) -> dict[str, Any]:
         """Of a batch of scores, by the position of its first sample in the random order."""
-        on = "simulation" if self.runner is None or plan.prepare else self.runner.key()
+        runner = self.runs(plan)
+        on = "simulation" if runner is None else runner.key()
         return {**self.bench.score_key(plan, "validation"), "order": self.bench.seed, "on": on, "first": first}
 
     def _known(self, plan: Plan) -> Scores:

@@ -21,6 +21,7 @@ from .compare import drop
 from .evaluate import Evaluator
 from .gradual import CERTAINTY, Certainty
 from .plan import Budget, Plan
+from .prepare.correct_bias import CorrectBias
 from .profile import Profile, measure
 from .progress import Progress, Silent
 from .report.compose import report
@@ -35,6 +36,9 @@ from .task import Split, Task
 from .technique import Step, Technique
 from .techniques.int_ import Int
 from .verify import Check, verify
+
+STEPS: tuple[Step, ...] = (CorrectBias(),)
+"""What ``optimize`` prepares plans with where it is not told."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ def optimize(
     *,
     minimize: str | None = None,
     techniques: Sequence[Technique] | None = None,
-    prepare: Sequence[Step] = (),
+    prepare: Sequence[Step] | None = None,
     method: Search | None = None,
     sensitivity: Sensitivity = DIAGONAL,
     certainty: Certainty = CERTAINTY,
@@ -74,8 +78,8 @@ def optimize(
 
     ``budget``: limits; if ``drop`` is the only one, ``ms`` is minimized, otherwise say what with ``minimize``.
     ``techniques``: what may stand at a site, ``[Int(8, 8)]`` by default. ``prepare``: steps that every whole plan is
-    measured and returned with, such as ``default_steps(Int(8, 8))``, which ``quantize`` takes; sites alone are measured
-    without, and a prepared plan takes longer to measure. ``folder``: gets ``plan.json``, the model file,
+    measured and returned with; None: ``CorrectBias()``; ``()``: none. ``default_steps(Int(8, 8))``, which ``quantize``
+    takes, take longer. Sites alone are measured without. ``folder``: gets ``plan.json``, the model file,
     ``report.html``, ``report.json`` and, if no ``store`` is given, the store ``runs.db`` from which a killed run
     resumes; without a folder the model file lives as long as the returned artifact. ``batch``: of the times and of the
     file. ``certainty``: of decisions before the whole validation set was seen. ``executor``: workers for the accuracy
@@ -97,7 +101,7 @@ def optimize(
         raise ValueError(f"{target.name} gives no energy: leave mj out, or take a target that has it")
     profiled = measure(bench, offered, sensitivity, executor=executor)
     failure: BudgetError | None = None
-    evaluate = Evaluator(bench, prepare, certainty)
+    evaluate = Evaluator(bench, STEPS if prepare is None else prepare, certainty)
     try:
         result = search(profiled, budget, minimize, method or Exact(), evaluate, _told(progress), executor=executor)
     except BudgetError as error:

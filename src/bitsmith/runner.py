@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ._hash import hash_source
+from ._hash import hash_source, technique_key
 from .bench import Bench
 from .data import batch_size, call
 from .plan import Plan
 from .targets.base import Array, TargetError, example_arrays
+from .task import evaluating
 
 _ROUNDS = 3
 
@@ -73,6 +74,26 @@ def runner(bench: Bench, inputs: Any) -> Runner | None:
     key["threads"] = torch.get_num_threads()
     on = bench.store.get_or("evaluated on", key, lambda: _faster(found, inputs))
     return found if on == "runtime" else None
+
+
+def pays(found: Runner, plan: Plan, inputs: Any, samples: int) -> bool:
+    """Whether a plan with ``prepare`` steps, which takes an export of its own, is exported and run on so many samples
+    faster than it is simulated. Timed with the first such plan, and kept in the store."""
+    bench, size = found.bench, batch_size(inputs)
+
+    def faster() -> str:
+        net = bench.simulate(plan)  # what it is prepared with takes its time either way
+        start = time.perf_counter()
+        run = found.scorer(plan)
+        seconds = time.perf_counter() - start + samples / size * _seconds(lambda: run(inputs))
+        with evaluating(net):
+            simulated = samples / size * _seconds(lambda: call(net, inputs, None))
+        return "runtime" if seconds < simulated else "simulation"
+
+    key: dict[str, Any] = {**bench.model_key, **found.key(), "samples": size, "all": samples}
+    key |= {"threads": torch.get_num_threads(), "prepare": [technique_key(step) for step in plan.prepare]}
+    on: str = bench.store.get_or("evaluated on", key, faster)
+    return on == "runtime"
 
 
 def _runner(bench: Bench, inputs: Any) -> Runner | None:

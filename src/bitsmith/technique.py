@@ -175,6 +175,10 @@ class Step(ABC):
     keeps_function: ClassVar[bool] = False
     """Whether the float network computes the same afterwards, up to rounding, whatever the plan is."""
 
+    values_only: ClassVar[bool] = False
+    """Whether it changes values of weights and biases (a missing bias may come in) and no operation: searches then
+    take time and size of a plan from its file without the step."""
+
     @abstractmethod
     def prepare(self, net: Network, plan: Plan, data: Any) -> Network:
         """A network with the same function, or a better quantizable one: ``net.with_model(model)``.

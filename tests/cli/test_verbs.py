@@ -202,7 +202,7 @@ def test_optimize_hands_over_what_was_asked(files: Path, run: Run, monkeypatch: 
     assert (given["minimize"], given["batch"], given["seed"], given["title"]) == ("ms", 4, 7, "T")
     assert (given["folder"], given["store"]) == (Path("out"), Path("out/runs.db"))
     assert given["target"].threads == 1
-    assert given["prepare"] == ()
+    assert given["prepare"] is None
     run("optimize", *NET, *ON, "--drop", 0.01, "--prepare", "-o", "out", "--techniques", "Float()", "Int(4, 8)")
     assert given["prepare"] == bs.default_steps(Int(4, 8))
     run("optimize", *NET, *ON, "--drop", 0.01, "--prepare", "-o", "out")

@@ -66,7 +66,7 @@ class Case:
         return place(plan, self.net.record).tensors.keys() <= place(self.full_plan, self.net.record).tensors.keys()
 
     def derive(self, plan: Plan) -> onnx.ModelProto | None:
-        return derive(self.full, self.base, plan, self.full_plan, self.net.record)
+        return derive([(self.full, self.full_plan)], self.base, plan, self.net.record)
 
 
 def _export(net: Network, example: Tensor, plan: Plan, opset: int | None = None) -> onnx.ModelProto:
@@ -250,11 +250,13 @@ def test_what_cannot_be_derived(small: Case) -> None:
     assert small.derive(Plan({name: Float("bfloat16")})) is None
     assert small.derive(Plan({name: dataclasses.replace(sites[name], out=Format(4))})) is None  # no such quantizer
     part = Plan({key: value for key, value in sites.items() if key != name})
-    assert derive(small.full, small.base, small.full_plan, part, small.net.record) is None  # more than the full plan
+    assert (
+        derive([(small.full, part)], small.base, small.full_plan, small.net.record) is None
+    )  # more than the full plan
     other = onnx.ModelProto()
     other.CopyFrom(small.base)
     other.opset_import[0].version += 1
-    assert derive(small.full, other, part, small.full_plan, small.net.record) is None
+    assert derive([(small.full, small.full_plan)], other, part, small.net.record) is None
 
 
 def test_other_float_graph_is_refused(small: Case) -> None:
@@ -268,4 +270,4 @@ def test_other_float_graph_is_refused(small: Case) -> None:
         for reader in other.graph.node:
             reader.input[:] = [node.input[0] if value == node.output[0] else value for value in reader.input]
         other.graph.node.remove(node)
-        assert derive(small.full, other, part, small.full_plan, small.net.record) is None
+        assert derive([(small.full, small.full_plan)], other, part, small.net.record) is None

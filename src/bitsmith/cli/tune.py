@@ -66,7 +66,9 @@ def add(commands: Any) -> None:
     arguments.add_seed(optimize)
     _add_store(optimize)
     optimize.add_argument(
-        "--prepare", action="store_true", help="prepare every whole plan as quantize does: slower, more accurate"
+        "--prepare",
+        action="store_true",
+        help="prepare whole plans with all that quantize takes, not with bias correction alone: slower",
     )
     optimize.add_argument("--title", default="", help="of the report")
     arguments.add_out(optimize, "folder for plan.json, the exported file, report.html and report.json")
@@ -267,7 +269,7 @@ def run_optimize(options: Namespace) -> int:
                 budget,
                 minimize=options.minimize,
                 techniques=techniques,
-                prepare=_steps(model, task, techniques) if options.prepare else (),
+                prepare=_steps(model, task, techniques) if options.prepare else None,
                 store=options.store,
                 batch=options.batch,
                 seed=options.seed,

@@ -1,7 +1,7 @@
-"""The ONNX file of a plan that leaves some sites of another plan in float, without exporting the network again.
+"""The ONNX file of a plan whose sites are each computed as in one of a few other plans, without another export.
 
-Two exported models hold all that is needed: the fuller plan's has every quantizer and every integer weight, the float
-model's has the float weights (normalisations folded as the exporter folds them).
+The exported models of those plans hold all that is needed: a fuller plan's has every quantizer and every integer weight
+of its techniques, the float model's has the float weights (normalisations folded as the exporter folds them).
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import Counter
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..model.formats import place
 from ..model.keys import tensor_key
 from ..plan import Plan
 from ..site import Format, Record
+from ..technique import Technique
 from ..techniques.float_ import Float
 from ..techniques.int_ import Int
 from .onnx import cleaning, opset_of, origin_of
@@ -26,25 +28,33 @@ if TYPE_CHECKING:
 
 
 def derive(
-    full: onnx.ModelProto, base: onnx.ModelProto, plan: Plan, full_plan: Plan, record: Record
+    fulls: Sequence[tuple[onnx.ModelProto, Plan]], base: onnx.ModelProto, plan: Plan, record: Record
 ) -> onnx.ModelProto | None:
-    """What ``to_onnx`` gives for ``plan``, made in milliseconds from the ``raw_onnx`` of two other plans.
+    """What ``to_onnx`` gives for ``plan``, made in milliseconds from the ``raw_onnx`` of other plans.
 
-    ``full``: of ``full_plan``; ``base``: of the float plan with the same ``prepare`` steps. Both of one network and
-    example, materialised, in the same opset (which the result keeps). ``plan`` and ``full_plan`` are adapted plans.
-    Every site of ``plan`` is float or computed as in ``full_plan``; output formats (``out``) may differ.
+    ``fulls``: these, each with its plan; ``base``: of the float plan with the same ``prepare`` steps. All of one
+    network and example, materialised, in the same opset (which the result keeps). The plans are adapted ones. Every
+    site of ``plan`` is float or computed as in one of ``fulls`` (:func:`parts`); output formats (``out``) may differ.
 
     None if the file cannot be derived, and must be exported: other techniques than ``Int`` and ``Float``, a
-    quantizer that ``full`` does not hold, float and quantized graphs that the exporter gave different structures.
+    quantizer that no graph holds, float and quantized graphs that the exporter gave different structures.
     """
-    if not _is_part(plan, full_plan, record) or opset_of(full) != opset_of(base):
+    needed = parts(plan, [full_plan for _, full_plan in fulls], record)
+    if needed is None or any(opset_of(fulls[k][0]) != opset_of(base) for k in needed):
         return None
     import onnx_ir as ir
 
+    (full, full_plan), *rest = (fulls[k] for k in needed)
     try:
         return rewritten(
             full,
-            lambda graph: _Derivation(graph, ir.from_proto(base).graph, plan, full_plan, record).run(),
+            lambda graph: _Derivation(
+                _Source(graph, full_plan, record),
+                [_Source(ir.from_proto(other).graph, its, record) for other, its in rest],
+                _Source(ir.from_proto(base).graph, Plan(prepare=plan.prepare), record),
+                plan,
+                record,
+            ).run(),
             *cleaning(opset_of(full)),
         )
     except _UnderivableError:
@@ -52,76 +62,112 @@ def derive(
 
 
 class _UnderivableError(Exception):
-    """The two exported graphs do not determine the third."""
+    """The exported graphs do not determine the other."""
 
 
-def _is_part(plan: Plan, full_plan: Plan, record: Record) -> bool:
-    if plan.prepare != full_plan.prepare:
-        return False
-    for name in (*plan.sites, *full_plan.sites):
-        mine, theirs = plan.get(name), full_plan.get(name)
+def parts(plan: Plan, full_plans: Sequence[Plan], record: Record) -> tuple[int, ...] | None:
+    """Which of the fuller plans have the sites of ``plan`` computed as it has them, the one of most first; None: not
+    all sites are in one of them, or a plan has techniques that cannot be derived. At least one."""
+    ours = {name: technique for name, technique in plan.sites.items() if isinstance(technique, Int)}
+    usable = [
+        k
+        for k, full in enumerate(full_plans)
+        if full.prepare == plan.prepare and _derivable(full, record) and _derivable(plan, record)
+    ]
+    found: list[int] = []
+    while usable:
+        has = {k: sum(_same(technique, full_plans[k].get(name)) for name, technique in ours.items()) for k in usable}
+        best = max(usable, key=lambda k: has[k])
+        if found and not has[best]:
+            break
+        usable.remove(best)
+        found.append(best)
+        ours = {name: t for name, t in ours.items() if not _same(t, full_plans[best].get(name))}
+        if not ours:
+            return tuple(found)
+    return None
+
+
+def _derivable(plan: Plan, record: Record) -> bool:
+    for name, technique in plan.sites.items():
         site = record.site(name)
-        for technique in (mine, theirs):
-            # a composite computed whole has another graph than its inside
-            floating = technique is None or (isinstance(technique, Float) and technique.dtype == "float32")
-            if not floating and not isinstance(technique, Int):
-                return False
-            if technique is not None and (site.role == "composite" or site.kind == "module"):
-                return False
-        if isinstance(mine, Int) and (not isinstance(theirs, Int) or _inner(mine) != _inner(theirs)):
+        if not _floating(technique) and not isinstance(technique, Int):
+            return False
+        # a composite computed whole has another graph than its inside
+        if site.role == "composite" or site.kind == "module":
             return False
     return True
 
 
-def _inner(technique: Int) -> Int:
-    return dataclasses.replace(technique, out=None)
+def _floating(technique: Technique | None) -> bool:
+    return technique is None or (isinstance(technique, Float) and technique.dtype == "float32")
 
 
-class _Derivation:
-    """One rewriting of the full graph: all activation quantizers out, float weights in, this plan's quantizers in."""
+def _same(mine: Technique | None, theirs: Technique | None) -> bool:
+    """Whether two techniques compute a site alike, whatever their output format."""
+    if isinstance(mine, Int) and isinstance(theirs, Int):
+        return dataclasses.replace(mine, out=None) == dataclasses.replace(theirs, out=None)
+    return _floating(mine) and _floating(theirs)
 
-    def __init__(self, graph: ir.Graph, base: ir.Graph, plan: Plan, full_plan: Plan, record: Record) -> None:
-        self.graph, self.base, self.record = graph, base, record
-        self.plan, self.full_plan = plan, full_plan
+
+class _Source:
+    """A graph that sites are taken from, its activation quantizers taken out: everything reads floating values.
+
+    ``quantizers``: by tensor and format, the nodes from Quantize to Dequantize, unread. ``points``: by tensor, the
+    first of those that quantized its write. ``edges``: by site and tensor, the inputs of nodes that are its reads.
+    """
+
+    def __init__(self, graph: ir.Graph, plan: Plan, record: Record) -> None:
+        self.graph, self.plan, self.record = graph, plan, record
         # a folded normalisation belongs to its layer, whichever of the two the exporter named the node after
         self.heads = {site.fold.site: site.name for site in record.sites.values() if site.fold is not None}
-        self.weighted = {
-            name
-            for name, technique in full_plan.sites.items()
-            if isinstance(technique, Int) and record.sites[name].weight is not None
-        }
         self.quantizers: dict[tuple[str, str], list[ir.Node]] = {}
+        self.points: dict[str, list[ir.Node]] = {}
         self.edges: dict[tuple[str, str], list[tuple[ir.Node, int]]] = {}
-        self.constants: dict[int, ir.Value] = {}
-        self.signatures: dict[int, Any] = {}
-        names = (value.name for value in (*graph.inputs, *graph.initializers.values()))
-        self.taken = {*names, *(value.name for node in graph for value in node.outputs)}
-
-    def run(self) -> None:
+        self._signatures: dict[int, Any] = {}
         self._find_edges()
         self._remove_quantizers()
-        if self._structure(self.graph) != self._structure(self.base):
-            raise _UnderivableError
-        mine, theirs = self._groups(self.graph), self._groups(self.base)
-        for name in self.weighted:
-            if not isinstance(self.plan.get(name), Int):
-                self._put_float(mine.get(name, []), theirs.get(name, []))
-        self._quantize()
 
-    def _owner(self, node: ir.Node) -> str:
+    def owner(self, node: ir.Node) -> str:
         site = origin_of(node.metadata_props).site
         return self.heads.get(site, site)
 
-    def _groups(self, graph: ir.Graph) -> dict[str, list[ir.Node]]:
+    def groups(self) -> dict[str, list[ir.Node]]:
+        """The nodes by site."""
         groups: dict[str, list[ir.Node]] = {}
-        for node in graph:
-            groups.setdefault(self._owner(node), []).append(node)
+        for node in self.graph:
+            groups.setdefault(self.owner(node), []).append(node)
         return groups
 
-    # -- what the full graph holds ---------------------------------------------------------------------------------
+    def structure(self, weighted: Collection[str]) -> Counter[Any]:
+        """All nodes but those of weighted sites, which may be folded in one graph and not in the other."""
+        found: Counter[Any] = Counter()
+        for node in self.graph:
+            origin, owner = origin_of(node.metadata_props), self.owner(node)
+            if not origin.tensor and owner not in weighted:
+                found[node.op_type, owner, origin.path, _settings(node)] += 1
+        return found
+
+    def signature(self, value: ir.Value | None) -> Any:
+        """Where a value comes from, in words that hold in all graphs: a graph input or a site, and the views since."""
+        if value is None:
+            return None
+        if id(value) in self._signatures:
+            return self._signatures[id(value)]
+        node, array = value.producer(), constant(value)
+        found: tuple[Any, ...]
+        if array is not None:
+            found = ("constant", str(array.dtype), array.shape, array.tobytes())
+        elif node is None:
+            found = ("input", value.name)
+        elif self.owner(node):
+            found = ("site", self.owner(node), value.index())
+        else:
+            found = (node.op_type, _settings(node), value.index(), tuple(self.signature(v) for v in node.inputs))
+        self._signatures[id(value)] = found
+        return found
 
     def _find_edges(self) -> None:
-        """Which node inputs are a site's reads of which tensor."""
         for node in self.graph:
             site = origin_of(node.metadata_props).site
             for index, value in enumerate(node.inputs) if site else ():
@@ -141,9 +187,7 @@ class _Derivation:
         return ""
 
     def _remove_quantizers(self) -> None:
-        """Let everything read floating values; the quantizers' own nodes stay, unread, to be copied."""
-        written = {(t, _kind(t, fmt)) for t, fmt in place(self.full_plan, self.record).writes.values()}
-        self.points: dict[str, list[ir.Node]] = {}
+        written = {(t, _kind(t, fmt)) for t, fmt in place(self.plan, self.record).writes.values()}
         for node in list(self.graph):
             origin = origin_of(node.metadata_props)
             if node.op_type != DEQUANTIZE or not origin.tensor:
@@ -162,21 +206,48 @@ class _Derivation:
             if key in written:
                 self.points.setdefault(origin.tensor, []).append(chain[0])
 
-    def _structure(self, graph: ir.Graph) -> Counter[Any]:
-        """All nodes but those of weighted sites, which may be folded in one graph and not in the other."""
-        found: Counter[Any] = Counter()
-        for node in graph:
-            origin, owner = origin_of(node.metadata_props), self._owner(node)
-            if not origin.tensor and owner not in self.weighted:
-                found[node.op_type, owner, origin.path, _settings(node)] += 1
-        return found
 
-    # -- float weights -----------------------------------------------------------------------------------------------
+class _Derivation:
+    """One rewriting of the full graph: sites that the plan computes otherwise come in from the graph that has them so,
+    then this plan's quantizers."""
 
-    def _put_float(self, old: list[ir.Node], new: list[ir.Node]) -> None:
-        """Compute a weighted site as the float graph does: its nodes take the place of the integer ones."""
+    def __init__(self, full: _Source, others: Sequence[_Source], base: _Source, plan: Plan, record: Record) -> None:
+        self.full, self.others, self.base = full, others, base
+        self.graph, self.plan, self.record = full.graph, plan, record
+        self.weighted = {
+            name
+            for source in (full, *others)
+            for name, technique in source.plan.sites.items()
+            if isinstance(technique, Int) and record.sites[name].weight is not None
+        }
+        self.constants: dict[int, ir.Value] = {}
+        names = (value.name for value in (*self.graph.inputs, *self.graph.initializers.values()))
+        self.taken = {*names, *(value.name for node in self.graph for value in node.outputs)}
+
+    def run(self) -> None:
+        structure = self.full.structure(self.weighted)
+        if any(source.structure(self.weighted) != structure for source in (*self.others, self.base)):
+            raise _UnderivableError
+        mine, theirs = self.full.groups(), {id(source): source.groups() for source in (*self.others, self.base)}
+        for name in sorted(self.weighted):
+            source = self._source(name)
+            if source is not self.full:
+                self._put(mine.get(name, []), theirs[id(source)].get(name, []), source)
+        self._quantize()
+
+    def _source(self, name: str) -> _Source:
+        """The graph that computes a weighted site as the plan does."""
+        wanted = self.plan.get(name)
+        if isinstance(wanted, Int):
+            return next(s for s in (self.full, *self.others) if _same(wanted, s.plan.get(name)))
+        return self.base if isinstance(self.full.plan.get(name), Int) else self.full
+
+    # -- sites of other graphs ---------------------------------------------------------------------------------------
+
+    def _put(self, old: list[ir.Node], new: list[ir.Node], source: _Source) -> None:
+        """Compute a weighted site as another graph does: its nodes take the place of those that are here."""
         mine, theirs = _outside(old), _outside(new)
-        same = [self._signature(value) for value in mine] == [self._signature(value) for value in theirs]
+        same = [self.full.signature(value) for value in mine] == [source.signature(value) for value in theirs]
         left, right = _leaves(old), _leaves(new)
         if not same or len(left) != 1 or len(right) != 1:
             raise _UnderivableError
@@ -188,10 +259,10 @@ class _Derivation:
         made = values[id(right[0])]
         if not replace(left[0], made):
             raise _UnderivableError
-        for quantizers in self.points.values():
+        for quantizers in self.full.points.values():
             for quantizer in quantizers:
-                source = quantizer.inputs[0].producer() if quantizer.inputs[0] is not None else None
-                if source is not None and any(source is node for node in old):
+                before = quantizer.inputs[0].producer() if quantizer.inputs[0] is not None else None
+                if before is not None and any(before is node for node in old):
                     raise _UnderivableError
 
     def _copy(self, node: ir.Node, values: dict[int, ir.Value]) -> ir.Node:
@@ -217,6 +288,7 @@ class _Derivation:
         return copy
 
     def _constant(self, value: ir.Value) -> ir.Value:
+        """The constant of another graph in this one."""
         array = constant(value)
         if array is None:
             raise _UnderivableError
@@ -231,25 +303,6 @@ class _Derivation:
         self.taken.add(free)
         return free
 
-    def _signature(self, value: ir.Value | None) -> Any:
-        """Where a value comes from, in words that hold in both graphs: a graph input or a site, and the views since."""
-        if value is None:
-            return None
-        if id(value) in self.signatures:
-            return self.signatures[id(value)]
-        node, array = value.producer(), constant(value)
-        found: tuple[Any, ...]
-        if array is not None:
-            found = ("constant", str(array.dtype), array.shape, array.tobytes())
-        elif node is None:
-            found = ("input", value.name)
-        elif self._owner(node):
-            found = ("site", self._owner(node), value.index())
-        else:
-            found = (node.op_type, _settings(node), value.index(), tuple(self._signature(v) for v in node.inputs))
-        self.signatures[id(value)] = found
-        return found
-
     # -- quantizers ---------------------------------------------------------------------------------------------------
 
     def _quantize(self) -> None:
@@ -262,7 +315,7 @@ class _Derivation:
                 self._insert_behind(value, producer, self._chain(tensor, fmt))
         done: set[tuple[int, int]] = set()
         for (name, _), (tensor, fmt, at_read) in placement.reads.items():
-            edges = self.edges.get((name, tensor), [])
+            edges = self.full.edges.get((name, tensor), [])
             if at_read and not edges:
                 raise _UnderivableError
             for node, index in edges if at_read else ():
@@ -272,11 +325,11 @@ class _Derivation:
 
     def _written_at(self, name: str, tensor: str) -> list[ir.Value]:
         """The values that are the tensor: where the full plan quantized its write, else what leaves the site."""
-        known = [q.inputs[0] for q in self.points.get(tensor, [])]
+        known = [q.inputs[0] for q in self.full.points.get(tensor, [])]
         if known:
             return [value for value in known if value is not None]
-        owner = self.heads.get(name, name)
-        leaves = _leaves([node for node in self.graph if self._owner(node) == owner])
+        owner = self.full.heads.get(name, name)
+        leaves = _leaves([node for node in self.graph if self.full.owner(node) == owner])
         if len(leaves) != 1 or len(self.record.sites[name].writes) != 1:
             raise _UnderivableError
         return leaves
@@ -286,13 +339,16 @@ class _Derivation:
         import onnx_ir as ir
 
         copies: list[ir.Node] = []
-        for node in self.quantizers.get((tensor, _kind(tensor, fmt)), []):
+        key = (tensor, _kind(tensor, fmt))
+        holder = next((source for source in (self.full, *self.others) if key in source.quantizers), self.full)
+        for node in holder.quantizers.get(key, []):
             source = copies[-1].outputs[0] if copies else None
+            settings = [v if v is None or holder is self.full else self._constant(v) for v in node.inputs[1:]]
             copies.append(
                 ir.Node(
                     node.domain,
                     node.op_type,
-                    [source, *node.inputs[1:]],
+                    [source, *settings],
                     list(node.attributes.values()),
                     metadata_props=dict(node.metadata_props),
                 )

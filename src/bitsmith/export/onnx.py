@@ -45,7 +45,7 @@ def to_onnx(program: ExportedProgram, opset: int | None = None) -> onnx.ModelPro
 
 def raw_onnx(program: ExportedProgram, opset: int | None = None) -> onnx.ModelProto:
     """The program as the exporter writes it, every quantizer where its cell has it: what ``derive`` takes apart."""
-    opset = opset or _opset(program)
+    opset = opset or default_opset(program)
     with quiet(), torch.no_grad():
         try:
             exported = torch.onnx.export(
@@ -144,7 +144,8 @@ def conversions(model: onnx.ModelProto) -> dict[str, str]:
     return found
 
 
-def _opset(program: ExportedProgram) -> int:
+def default_opset(program: ExportedProgram) -> int:
+    """The oldest version of the standard operators that has what the program computes with: 20 or 21."""
     small = any(name.endswith("weight_q4") for name in program.state_dict)
     wide = any(argument in (torch.int16, torch.uint16) for node in program.graph.nodes for argument in node.args)
     group = any("dequantize_per_channel_group" in str(node.target) for node in program.graph.nodes)

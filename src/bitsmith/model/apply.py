@@ -211,12 +211,14 @@ def build(
     *,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
+    ready: Network | None = None,
 ) -> nn.Module:
-    """:func:`apply` for a network that is already recorded (and perhaps calibrated)."""
+    """:func:`apply` for a network that is already recorded (and perhaps calibrated). ``ready``: what :func:`prepared`
+    gives for the plan, where that is known."""
     plan.check(net.record)
     check_weights(net.model)
     if plan.prepare:
-        net = prepared(net, plan, calibration)
+        net = ready or prepared(net, plan, calibration)
     placement = place(plan, net.record)
     statistics = calibrate(net, placement.tensors, calibration, progress) if placement.tensors else {}
     record = net.with_statistics(statistics).record

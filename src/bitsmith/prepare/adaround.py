@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -46,6 +46,8 @@ class AdaRound(Step):
     For sites of integer weights, convolutions and linear layers, that are called once and share their weight
     with nobody; others (embeddings, recurrent loops, tied weights) are left alone. Scales are those of the technique.
     """
+
+    values_only: ClassVar[bool] = True
 
     iterations: int = 500
     samples: int = 256

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,8 @@ class CorrectBias(Step):
     Ranges stay those of the network before: a correction answers the rounding that they cause. So it belongs behind
     the other steps. Layers are left alone that have no bias and no module of torch's own that could get one.
     """
+
+    values_only: ClassVar[bool] = True
 
     samples: int = 256
 

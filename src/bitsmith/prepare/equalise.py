@@ -33,6 +33,7 @@ class Equalise(Step):
     """
 
     keeps_function: ClassVar[bool] = True
+    values_only: ClassVar[bool] = True
 
     iterations: int = 20
 

@@ -30,6 +30,7 @@ class EqualiseDepthwise(Step):
     """
 
     keeps_function: ClassVar[bool] = True
+    values_only: ClassVar[bool] = True
 
     limit: float = 64.0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ class Gptq(Step):
     For sites of integer weights, convolutions and linear layers, that are called once and share their weight
     with nobody; others (embeddings, recurrent loops, tied weights) are left alone.
     """
+
+    values_only: ClassVar[bool] = True
 
     damp: float = 0.1
     block: int = 128
