@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import bitsmith as bs
+from bitsmith._files import atomic_write
 from bitsmith.bench import Bench
 
 from . import harness
@@ -149,6 +150,8 @@ def _peers(cell: Cell, work: Work, score: float) -> dict[str, tuple[dict[str, An
                         env={**os.environ, **threads, "PYTHONPATH": path},
                     )  # fmt: skip
                 except subprocess.TimeoutExpired:
+                    stopped = {"error": f"stopped after {LIMIT_S} s", "seconds": LIMIT_S}
+                    atomic_write(said, lambda temporary, found=stopped: temporary.write_text(json.dumps(found)))
                     print(f"{tuner} was stopped after {LIMIT_S} s", flush=True)
         result = json.loads(said.read_text()) if said.exists() else {"error": "it wrote no result"}
         found[tuner] = result, out
@@ -173,13 +176,13 @@ def _rows(
         Row("Bitsmith", path=found.path, passes=found.passes, sensitivity=found.sensitivity, seconds=found.seconds),
     ]
     for tuner, (result, folder) in peers.items():
-        row = Row(tuner, error=str(result.get("error") or ""))
+        # one that was stopped took at least so long
+        row = Row(tuner, error=str(result.get("error") or ""), seconds=result.get("seconds", math.nan))
         if not row.error:
             # these forward the float network to know what they may lose; nobody's float pass counts
             own = set_size if tuner in FLOAT_PASS else 0
             row.passes = (result["evaluation_forwards"] - own) / set_size
             row.sensitivity = (result["sensitivity_forwards"] + 2 * result["sensitivity_backwards"]) / set_size
-            row.seconds = result["seconds"]
             if result.get("artifact"):
                 row.path = folder / result["artifact"]
             if not cell.measured:

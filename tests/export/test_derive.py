@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitsmith.export.derive import derive
+from bitsmith.export.derive import derive, parts
 from bitsmith.export.onnx import clean, opset_of, raw_onnx, site_map
 from bitsmith.export.program import exported_program
 from bitsmith.model.apply import build, materialised
 from bitsmith.model.formats import place
 from bitsmith.model.network import Network, network
 from bitsmith.plan import Plan
-from bitsmith.site import Format
+from bitsmith.site import Format, Range
 from bitsmith.techniques.float_ import Float
 from bitsmith.techniques.int_ import Int
 from bitsmith.zoo.cifar_resnet import CifarResNet
@@ -271,3 +271,104 @@ def test_other_float_graph_is_refused(small: Case) -> None:
             reader.input[:] = [node.input[0] if value == node.output[0] else value for value in reader.input]
         other.graph.node.remove(node)
         assert derive([(small.full, small.full_plan)], other, part, small.net.record) is None
+
+
+# -- parts of several plans ------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Several:
+    """Two techniques everywhere; the second has few bits, and ranges of its own."""
+
+    one: Case
+    other: Case
+
+    def derive(self, plan: Plan) -> onnx.ModelProto | None:
+        fulls = [(case.full, case.full_plan) for case in (self.one, self.other)]
+        return derive(fulls, self.one.base, plan, self.one.net.record)
+
+
+@pytest.fixture(scope="module")
+def several() -> Several:
+    torch.manual_seed(0)
+    model, example = Net(), torch.randn(2, 3, 8, 8)
+    one = _case(model, example, lambda name: Int())
+    net, opset = one.net, 21  # 4-bit weights need it
+    base = _export(net, example, Plan(), opset)
+    few = _with_outputs(Plan({name: Int(4, 8, range=Range("mse")) for name in _integer_sites(net)}), net)
+    cases = [Case(net, example, plan, _export(net, example, plan, opset), base) for plan in (one.full_plan, few)]
+    return Several(*cases)
+
+
+def _mixtures(case: Several, count: int, seed: int) -> list[Plan]:
+    draw, plans = random.Random(seed), [case.one.full_plan, case.other.full_plan]
+    found = []
+    for _ in range(count):
+        picked = {name: draw.choice([*plans, None]) for name in plans[0].sites}
+        sites = {name: dataclasses.replace(p[name], out=None) for name, p in picked.items() if p is not None}
+        found.append(_with_outputs(Plan(sites), case.one.net))
+    return found
+
+
+def test_a_mixture_of_two_plans_equals_the_exported_one(several: Several, execute: Callable[..., list[Any]]) -> None:
+    holding = 0
+    for plan in _mixtures(several, 5, 0):
+        derived = several.derive(plan)
+        needed = place(plan, several.one.net.record).tensors.keys()
+        held = {key for case in (several.one, several.other) for key in place(case.full_plan, case.net.record).tensors}
+        assert (derived is not None) == (needed <= held)
+        if derived is None:
+            continue
+        holding += 1
+        expected = clean(several.one.export(plan))
+        onnx.checker.check_model(derived, full_check=True)
+        assert _described(derived) == _described(expected)
+        _same_sites(site_map(derived), site_map(expected), derived, expected)
+        example = several.one.example.numpy()
+        (got,), (wanted,) = execute(derived, example), execute(expected, example)
+        np.testing.assert_array_equal(got, wanted)
+    assert holding >= 3
+
+
+def test_which_plans_a_mixture_needs(several: Several) -> None:
+    one, other, record = several.one.full_plan, several.other.full_plan, several.one.net.record
+    plans = [one, other]
+    assert parts(one, plans, record) == (0,)
+    assert parts(other, plans, record) == (1,)
+    assert parts(Plan(), plans, record) == (0,)
+    names = list(one.sites)
+    mostly = Plan({name: (one if k == 0 else other)[name] for k, name in enumerate(names)})
+    assert parts(mostly, plans, record) == (1, 0)
+    assert parts(mostly, [other], record) is None
+    assert parts(Plan({names[0]: Int(3, 8)}), plans, record) is None
+    assert parts(Plan({names[0]: Float("bfloat16")}), plans, record) is None
+    assert parts(one, [], record) is None
+
+
+def test_a_plan_is_exported_only_when_it_is_needed(several: Several, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of the first plan alone come in its own opset, without the second."""
+    from bitsmith.export.graphs import Graphs
+
+    net, example = several.one.net, several.one.example
+    asked: list[Plan] = []
+
+    def simulate(plan: Plan) -> nn.Module:
+        asked.append(plan)
+        return build(net, plan, [(example, torch.zeros(len(example)))])
+
+    one, other = several.one.full_plan, several.other.full_plan
+    graphs = Graphs([one, other], simulate, example, None)
+    assert not asked
+    name = "head"
+    found = graphs.derived(Plan({name: one[name]}), net.record)
+    assert found is not None
+    assert opset_of(found[0]) == 20
+    assert asked == [one, Plan()]
+    assert set(found[1]) == set(net.record.sites)
+    assert graphs.derived(Plan({"left": one["left"]}), net.record) is not None
+    assert asked == [one, Plan()]
+    found = graphs.derived(Plan({name: one[name], "out": other["out"]}), net.record)
+    assert found is not None
+    assert opset_of(found[0]) == 21
+    assert asked == [one, Plan(), other]
+    assert graphs.derived(Plan({name: Int(2, 8)}), net.record) is None

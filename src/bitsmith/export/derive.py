@@ -254,8 +254,13 @@ class _Derivation:
         last = left[0].producer()
         assert last is not None
         values: dict[int, ir.Value] = {id(a): b for a, b in zip(theirs, mine, strict=True)}
+        copies = {}
         for node in new:
-            self.graph.insert_before(last, self._copy(node, values))
+            copies[id(node)] = self._copy(node, values)
+            self.graph.insert_before(last, copies[id(node)])
+        for key, reads in source.edges.items():
+            if any(id(node) in copies for node, _ in reads):
+                self.full.edges[key] = [(copies[id(node)], index) for node, index in reads]
         made = values[id(right[0])]
         if not replace(left[0], made):
             raise _UnderivableError
