@@ -181,8 +181,8 @@ class Bench:
 
     def simulate(self, plan: Plan) -> nn.Module:
         """The applied network of an adapted plan."""
+        self.ranges(list(place(plan, self.net.record).tensors))
         if not plan.prepare:
-            self.ranges(list(place(plan, self.net.record).tensors))
             return build(self.net, plan, self.task.calibration, seed=self.seed)
         key = plan.digest()
         ready = self._ready.pop(key, None) or prepared(self.net, plan, self.task.calibration)

@@ -332,8 +332,9 @@ def _forgetful(additions: Additions) -> list[Cell]:
 
 
 def prepared(net: Network, plan: Plan, calibration: Any) -> Network:
-    """The network behind the plan's steps, which see the plan without them."""
-    net = network(duplicate(net.model), net.example, forward=net.forward, names=plan.sites)
+    """The network behind the plan's steps, which see the plan without them and what statistics ``net`` has."""
+    known = net.record.statistics
+    net = network(duplicate(net.model), net.example, forward=net.forward, names=plan.sites).with_statistics(known)
     bare = plan.replace(prepare=())
     for step in plan.prepare:
         net = step.prepare(net, bare, calibration)
