@@ -14,8 +14,10 @@ from torch.utils import _pytree as pytree
 
 import bitsmith as bs
 from bitsmith import runner as module
-from bitsmith.bench import Bench
+from bitsmith.bench import Bench, without_values
 from bitsmith.data import call
+from bitsmith.evaluate import Evaluator
+from bitsmith.gradual import Gradual
 from bitsmith.runner import Runner, runner
 from bitsmith.store import Store
 from bitsmith.targets.base import TargetError
@@ -285,6 +287,61 @@ def test_the_faster_one_is_taken(model: Small, monkeypatch: pytest.MonkeyPatch) 
         bench.store = Store(None)
         monkeypatch.setattr(OnnxRuntime, "opened", lambda s, a, cost=cost: counted(plain(s, a), cost))
         assert (runner(bench, batches(1)[0][0]) is not None) is taken
+
+
+PREPARED = SOME.replace(prepare=(bs.CorrectBias(),))
+
+
+@pytest.mark.parametrize(("exporting", "taken"), [(7.0, True), (9.0, False)])
+def test_a_prepared_plan_is_exported_where_that_pays(
+    model: Small, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, exporting: float, taken: bool
+) -> None:
+    """64 samples by 16: 4 of the model's calls, or an export and 4 times 8 files' of 1/4 for 2 samples each."""
+    now = [0.0]
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+
+    def counted(function: Callable[..., Any], cost: float) -> Callable[..., Any]:
+        def timed(*args: Any, **named: Any) -> Any:
+            now[0] += cost
+            return function(*args, **named)
+
+        return timed
+
+    path = tmp_path / "runs.db"
+    plain = OnnxRuntime.opened
+    monkeypatch.setattr("bitsmith.runner.call", counted(call, 4.0))
+    monkeypatch.setattr(OnnxRuntime, "opened", lambda s, a: counted(plain(s, a), 0.25))
+    with Store(path) as store:
+        bench = opened(model, batch=2, store=store)
+        gradual = Gradual(bench)
+        assert gradual.runner is not None
+        assert gradual.runs(SOME) is gradual.runner
+        monkeypatch.setattr(OnnxRuntime, "export", counted(OnnxRuntime.export, exporting))
+        assert gradual.runs(PREPARED) is (gradual.runner if taken else None)
+        x = batches(1)[0][0]
+        with gradual._scorer(PREPARED) as scorer, torch.no_grad():
+            assert gap_db(scorer(x), bench.simulate(PREPARED)(x)) >= TOLERANCE_DB["onnxruntime"]
+            assert not torch.equal(scorer(x), bench.simulate(SOME)(x))
+    with Store(path) as store:  # as another process would: it is not timed again
+        monkeypatch.setattr("bitsmith.runner._seconds", None)
+        found = Gradual(opened(model, batch=2, store=store)).runs(PREPARED)
+        assert (found is not None) is taken
+
+
+def test_costs_of_a_prepared_plan_take_no_export_of_its_own(model: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = opened(model)
+    steps = (bs.CorrectBias(),)
+    evaluate = Evaluator(bench, steps)
+    _, plain = bench.artifact(bs.Plan()), bench.artifact(bench.adapted(SOME))
+    monkeypatch.setattr(OnnxRuntime, "export", None)
+    got = evaluate.costs(SOME)
+    assert got.plan == bench.adapted(SOME).replace(prepare=steps)
+    assert got.bytes == plain.bytes
+    assert got.ms is not None
+    monkeypatch.undo()
+    smoothed = SOME.replace(prepare=(bs.SmoothQuant(0.5, multiply=True), *steps))  # brings in operations
+    assert without_values(smoothed) == smoothed
+    assert without_values(got.plan) == bench.adapted(SOME)
 
 
 @pytest.mark.usefixtures("unexported")
