@@ -4,103 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import math
-import random
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitsmith.plan import Budget, Plan
-from bitsmith.profile import Profile, Row
+from bitsmith.profile import Profile
 from bitsmith.search import BudgetError, Evaluation, SearchInterrupted, search
 from bitsmith.search.order import prefixes
 from bitsmith.search.program import Program
 from bitsmith.searches import Bisection
-from bitsmith.site import Record, Site
-from bitsmith.technique import Cell, Technique
-
-MIB = 2**20
-
-
-@dataclass(frozen=True)
-class Bits(Technique):
-    """A technique that only has a name; 32 is float."""
-
-    bits_: int
-
-    def fits(self, site: Site) -> bool:
-        return True
-
-    def build(self, site: Site, record: Record, rng: torch.Generator) -> Cell:
-        raise NotImplementedError
-
-
-FLOAT, EIGHT, FOUR = Bits(32), Bits(8), Bits(4)
-Lost = Callable[[Plan], float]
-
-
-def layers(count: int, techniques: tuple[Technique, ...] = (EIGHT, FOUR), seed: int = 0) -> Profile:
-    """Fewer bits are faster, smaller and lose more, at every site by another amount."""
-    rng = random.Random(seed)
-    rows = []
-    for k in range(count):
-        ms, size, loss = rng.uniform(0.5, 1.5), rng.uniform(0.5, 2) * MIB, rng.uniform(0.5, 2)
-        rows.append(Row(f"s{k:02}", FLOAT, 0.0, ms, size))
-        for technique in techniques:
-            bits = technique.bits_  # type: ignore[attr-defined]
-            rows.append(Row(f"s{k:02}", technique, loss * 2.0**-bits, ms * (bits / 32) ** 0.5, size * bits / 32))
-    return Profile(tuple(rows))
-
-
-class Called:
-    """A plain function of a plan, by formula; remembers what it was asked."""
-
-    def __init__(self, profile: Profile, lost: Lost) -> None:
-        self.profile, self.lost = profile, lost
-        self.asked: list[Plan] = []
-
-    def _measured(self, plan: Plan, **drop: Any) -> Evaluation:
-        got = self.profile.predict(plan)
-        return Evaluation(plan, ms=got["ms"], bytes=int(got["bytes"]), **drop)
-
-    def __call__(self, plan: Plan) -> Evaluation:
-        assert plan not in self.asked, "measured twice"
-        self.asked.append(plan)
-        return self._measured(plan, drop=self.lost(plan), samples=1000)
-
-
-class InStages(Called):
-    """Decides rightly on a tenth of the set."""
-
-    def __init__(self, profile: Profile, lost: Lost) -> None:
-        super().__init__(profile, lost)
-        self.decided: list[Plan] = []
-        self.promised: list[int | None] = []
-
-    def costs(self, plan: Plan) -> Evaluation:
-        return self._measured(plan)
-
-    def decide(self, plan: Plan, limit: float, patience: float = 1.0) -> Evaluation:
-        assert plan not in self.decided, "decided twice"
-        self.decided.append(plan)
-        lost = self.lost(plan)
-        return Evaluation(plan, drop=lost, samples=100, within=lost <= limit, complete=False)
-
-    def bound(self, plan: Plan, candidates: int) -> float | None:
-        return None
-
-    def check(self, limit: float, candidates: int | None) -> str:
-        self.promised.append(candidates)
-        return ""
-
-
-def losing(profile: Profile, factor: float = 1.0) -> Lost:
-    """A drop that goes with the losses, so that it grows along every order."""
-    return lambda plan: factor * sum(row.loss for row in profile.chosen(plan))
+from formulas import EIGHT, FLOAT, FOUR, MIB, Called, InStages, Lost, layers, losing
 
 
 def longest(profile: Profile, method: Bisection, lost: Lost, limit: float) -> tuple[Plan, list[set[str]]]:

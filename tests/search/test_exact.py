@@ -2,10 +2,8 @@ from __future__ import annotations
 
 import itertools
 import random
-from dataclasses import dataclass
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,26 +11,7 @@ from bitsmith.plan import Budget, Plan
 from bitsmith.profile import EdgeRow, Profile, Row
 from bitsmith.search import BudgetError, Evaluation, Point, search
 from bitsmith.searches import Exact
-from bitsmith.site import Record, Site
-from bitsmith.technique import Cell, Technique
-
-MIB = 2**20
-
-
-@dataclass(frozen=True)
-class Bits(Technique):
-    """A technique that only has a name; 32 is float."""
-
-    bits_: int
-
-    def fits(self, site: Site) -> bool:
-        return True
-
-    def build(self, site: Site, record: Record, rng: torch.Generator) -> Cell:
-        raise NotImplementedError
-
-
-FLOAT = Bits(32)
+from formulas import FLOAT, MIB, Bits
 
 
 @st.composite

@@ -5,106 +5,29 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitsmith.plan import Budget, Plan
 from bitsmith.profile import Profile, Row
-from bitsmith.search import BudgetError, Evaluation, SearchInterrupted, search
+from bitsmith.search import BudgetError, SearchInterrupted, search
 from bitsmith.searches import Bisection, Greedy
-from bitsmith.site import Record, Site
-from bitsmith.technique import Cell, Technique
+from bitsmith.technique import Technique
+from formulas import EIGHT, FLOAT, FOUR, MIB, Called, InStages, layers
 
-MIB = 2**20
-
-
-@dataclass(frozen=True)
-class Bits(Technique):
-    """A technique that only has a name; 32 is float."""
-
-    bits_: int
-
-    def fits(self, site: Site) -> bool:
-        return True
-
-    def build(self, site: Site, record: Record, rng: torch.Generator) -> Cell:
-        raise NotImplementedError
-
-
-FLOAT, EIGHT, FOUR = Bits(32), Bits(8), Bits(4)
 Sites = dict[str, Technique]
-Lost = Callable[[Sites], float]
 
 
-def layers(count: int, seed: int = 0, techniques: tuple[Technique, ...] = (EIGHT, FOUR)) -> Profile:
-    """Fewer bits are faster, smaller and are said to lose more, at every site by another amount."""
-    rng = random.Random(seed)
-    rows = []
-    for k in range(count):
-        ms, size, loss = rng.uniform(0.5, 1.5), rng.uniform(0.5, 2) * MIB, rng.uniform(0.5, 2)
-        rows.append(Row(f"s{k:02}", FLOAT, 0.0, ms, size))
-        for technique in techniques:
-            bits = technique.bits_  # type: ignore[attr-defined]
-            rows.append(Row(f"s{k:02}", technique, loss * 2.0**-bits, ms * (bits / 32) ** 0.5, size * bits / 32))
-    return Profile(tuple(rows))
-
-
-class Called:
-    """A plain function of a plan, by formula; remembers what it was asked, and can be interrupted."""
-
-    def __init__(self, profile: Profile, lost: Lost, stop: int | None = None) -> None:
-        self.profile, self.lost, self.stop = profile, lost, stop
-        self.asked: list[Plan] = []
-
-    def _measured(self, plan: Plan, **drop: Any) -> Evaluation:
-        got = self.profile.predict(plan)
-        return Evaluation(plan, ms=got["ms"], bytes=int(got["bytes"]), **drop)
-
-    def __call__(self, plan: Plan) -> Evaluation:
-        if len(self.asked) == self.stop:
-            raise KeyboardInterrupt
-        assert plan not in self.asked, "measured twice"
-        self.asked.append(plan)
-        return self._measured(plan, drop=self.lost(dict(plan.sites)), samples=1000)
-
-
-class InStages(Called):
-    """Decides on a tenth of the set; ``wrong``: plans of which it only looks as if they kept the drop."""
-
-    def __init__(self, profile: Profile, lost: Lost, wrong: Callable[[Plan], bool] = lambda plan: False) -> None:
-        super().__init__(profile, lost)
-        self.wrong = wrong
-        self.promised: list[int | None] = []
-
-    def costs(self, plan: Plan) -> Evaluation:
-        return self._measured(plan)
-
-    def decide(self, plan: Plan, limit: float, patience: float = 1.0) -> Evaluation:
-        lost = self.lost(dict(plan.sites))
-        if patience < 1 and self.wrong(plan):
-            return Evaluation(plan, drop=0.0, samples=100, within=True, certain=False, complete=False)
-        return Evaluation(plan, drop=lost, samples=100, within=lost <= limit, complete=False)
-
-    def bound(self, plan: Plan, candidates: int) -> float | None:
-        return None
-
-    def check(self, limit: float, candidates: int | None) -> str:
-        self.promised.append(candidates)
-        return ""
-
-
-def true_losses(count: int, seed: int) -> Lost:
+def true_losses(count: int, seed: int) -> Callable[[Any], float]:
     """What is lost, whatever the profile says; two that lose together are among them."""
     rng = random.Random(seed)
     alone = {(f"s{k:02}", bits): rng.random() * 4 / bits for k in range(count) for bits in (8, 4)}
     together = {pair: rng.uniform(-0.2, 0.4) for pair in itertools.combinations(range(count), 2)}
 
-    def lost(sites: Sites) -> float:
+    def lost(sites: Plan | Sites) -> float:
         low = [k for k in range(count) if sites[f"s{k:02}"] != FLOAT]
         total = sum(alone[f"s{k:02}", sites[f"s{k:02}"].bits_] for k in low)  # type: ignore[attr-defined]
         return total + sum(together[pair] for pair in itertools.combinations(low, 2))
@@ -112,7 +35,7 @@ def true_losses(count: int, seed: int) -> Lost:
     return lost
 
 
-def by_hand(profile: Profile, lost: Lost, limit: float) -> list[Sites]:
+def by_hand(profile: Profile, lost: Callable[[Any], float], limit: float) -> list[Sites]:
     """Every plan that was accepted, float first: sites by what the profile says they lose, 8 bits and then 4."""
     rows = {(row.site, row.technique): row for row in profile.rows}
     sites: Sites = dict.fromkeys(sorted({row.site for row in profile.rows}), FLOAT)
@@ -136,7 +59,7 @@ def by_hand(profile: Profile, lost: Lost, limit: float) -> list[Sites]:
 )
 def test_it_is_the_greedy_search(count: int, seed: int, limit: float, order: Any, staged: bool) -> None:
     """Without cross terms in the profile both orders are that of its losses."""
-    profile, lost = layers(count, seed), true_losses(count, seed)
+    profile, lost = layers(count, seed=seed), true_losses(count, seed)
     evaluate = (InStages if staged else Called)(profile, lost)
     result = search(profile, Budget(drop=limit), evaluate=evaluate, method=Greedy(order=order))
     accepted = by_hand(profile, lost, limit)
@@ -158,8 +81,8 @@ def test_a_bad_order_costs_one_site_where_bisection_loses_all() -> None:
     ]
     profile = Profile(tuple(rows))
 
-    def lost(sites: Sites) -> float:
-        return 0.5 * (sites["s00"] == EIGHT) + 0.001 * sum(t == EIGHT for t in sites.values())
+    def lost(plan: Plan) -> float:
+        return 0.5 * (plan["s00"] == EIGHT) + 0.001 * sum(plan[name] == EIGHT for name in plan)
 
     found = {
         type(method): search(profile, Budget(drop=0.1), evaluate=InStages(profile, lost), method=method).plan
@@ -174,12 +97,12 @@ def test_where_the_last_one_does_not_hold_those_before_it_are_there() -> None:
     """With six sites and more at 8 bits the part that is seen is misleading; five keep the drop."""
     profile = layers(10, techniques=(EIGHT,))
 
-    def low(sites: Any) -> int:
-        return sum(technique == EIGHT for technique in sites.values())
+    def low(plan: Plan) -> int:
+        return sum(plan[name] == EIGHT for name in plan)
 
-    evaluate = InStages(profile, lambda sites: 0.1 * low(sites), wrong=lambda plan: low(plan.sites) > 5)
+    evaluate = InStages(profile, lambda plan: 0.1 * low(plan), wrong=lambda plan: low(plan) > 5)
     result = search(profile, Budget(drop=0.51), evaluate=evaluate, method=Greedy(order="loss"))
-    assert low(result.plan.sites) == 5
+    assert low(result.plan) == 5
     assert result.best.evaluation is not None
     assert result.best.evaluation.complete
     assert result.best.evaluation.drop == pytest.approx(0.5)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,26 +15,9 @@ from bitsmith.plan import Plan
 from bitsmith.profile import EdgeRow, Profile, Row
 from bitsmith.search.order import ORDERS, levels, prefixes
 from bitsmith.search.program import Program
-from bitsmith.site import Record, Site
-from bitsmith.technique import Cell, Technique
+from bitsmith.technique import Technique
+from formulas import EIGHT, FLOAT, FOUR, MIB, Bits
 
-MIB = 2**20
-
-
-@dataclass(frozen=True)
-class Bits(Technique):
-    """A technique that only has a name; 32 is float."""
-
-    bits_: int
-
-    def fits(self, site: Site) -> bool:
-        return True
-
-    def build(self, site: Site, record: Record, rng: torch.Generator) -> Cell:
-        raise NotImplementedError
-
-
-FLOAT, EIGHT, FOUR = Bits(32), Bits(8), Bits(4)
 Sites = dict[str, Technique]
 Order = Callable[[Profile, Sites], list[str]]
 

@@ -3,103 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import kstest
 
 from bitsmith.plan import Budget, Plan
-from bitsmith.profile import Profile, Row
-from bitsmith.search import BudgetError, Evaluation, SearchInterrupted, search
+from bitsmith.profile import Profile
+from bitsmith.search import BudgetError, SearchInterrupted, search
 from bitsmith.searches import RandomPlans
-from bitsmith.site import Record, Site
-from bitsmith.technique import Cell, Technique
-
-MIB = 2**20
-
-
-@dataclass(frozen=True)
-class Bits(Technique):
-    """A technique that only has a name; 32 is float."""
-
-    bits_: int
-
-    def fits(self, site: Site) -> bool:
-        return True
-
-    def build(self, site: Site, record: Record, rng: torch.Generator) -> Cell:
-        raise NotImplementedError
-
-
-FLOAT, EIGHT, FOUR = Bits(32), Bits(8), Bits(4)
-Lost = Callable[[Plan], float]
-
-
-def layers(count: int, seed: int = 0, techniques: tuple[Technique, ...] = (EIGHT, FOUR)) -> Profile:
-    """Fewer bits are faster, smaller and lose more, at every site by another amount."""
-    rng = random.Random(seed)
-    rows = []
-    for k in range(count):
-        ms, size, loss = rng.uniform(0.5, 1.5), rng.uniform(0.5, 2) * MIB, rng.uniform(0.5, 2)
-        rows.append(Row(f"s{k:02}", FLOAT, 0.0, ms, size))
-        for technique in techniques:
-            bits = technique.bits_  # type: ignore[attr-defined]
-            rows.append(Row(f"s{k:02}", technique, loss * 2.0**-bits, ms * (bits / 32) ** 0.5, size * bits / 32))
-    return Profile(tuple(rows))
-
-
-class Called:
-    """A plain function of a plan, by formula; remembers what it was asked, and can be interrupted."""
-
-    def __init__(self, profile: Profile, lost: Lost, stop: int | None = None) -> None:
-        self.profile, self.lost, self.stop = profile, lost, stop
-        self.asked: list[Plan] = []
-
-    def _measured(self, plan: Plan, **drop: Any) -> Evaluation:
-        got = self.profile.predict(plan)
-        return Evaluation(plan, ms=got["ms"], bytes=int(got["bytes"]), **drop)
-
-    def __call__(self, plan: Plan) -> Evaluation:
-        if len(self.asked) == self.stop:
-            raise KeyboardInterrupt
-        assert plan not in self.asked, "measured twice"
-        self.asked.append(plan)
-        return self._measured(plan, drop=self.lost(plan), samples=1000)
-
-
-class InStages(Called):
-    """Decides on a tenth of the set."""
-
-    def __init__(self, profile: Profile, lost: Lost) -> None:
-        super().__init__(profile, lost)
-        self.timed: list[Plan] = []
-        self.decided: list[Plan] = []
-        self.promised: list[int | None] = []
-
-    def costs(self, plan: Plan) -> Evaluation:
-        self.timed.append(plan)
-        return self._measured(plan)
-
-    def decide(self, plan: Plan, limit: float, patience: float = 1.0) -> Evaluation:
-        self.decided.append(plan)
-        return Evaluation(plan, drop=self.lost(plan), samples=100, within=self.lost(plan) <= limit, complete=False)
-
-    def bound(self, plan: Plan, candidates: int) -> float | None:
-        return None
-
-    def check(self, limit: float, candidates: int | None) -> str:
-        self.promised.append(candidates)
-        return ""
-
-
-def losing(profile: Profile) -> Lost:
-    return lambda plan: sum(row.loss for row in profile.chosen(plan))
+from bitsmith.technique import Technique
+from formulas import EIGHT, FLOAT, FOUR, MIB, Called, InStages, layers, losing
 
 
 def everything(profile: Profile, technique: Technique) -> Plan:
@@ -116,7 +32,7 @@ def drawn(profile: Profile, method: RandomPlans) -> list[Plan]:
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 10), st.integers(0, 10**6), st.integers(1, 24), st.floats(0.01, 1.2), st.booleans())
 def test_the_best_of_what_was_drawn(count: int, seed: int, plans: int, where: float, staged: bool) -> None:
-    profile = layers(count, seed)
+    profile = layers(count, seed=seed)
     lost = losing(profile)
     limit = where * lost(everything(profile, FOUR))
     method = RandomPlans(plans=plans, seed=seed)
