@@ -264,5 +264,6 @@ def test_computed_times_take_no_file() -> None:
     assert artifact == bench.artifact(bs.Plan()).path
     measured = target.measure([bench.artifact(bs.Plan()), bench.artifact(plan)])
     assert [plain.ms, timing.ms] == [pytest.approx(t.ms) for t in measured]
-    stepped = plan.replace(prepare=(bs.CorrectBias(),))
-    assert bench.size(stepped) == bench.artifact(stepped).bytes
+    corrected, smoothed = (plan.replace(prepare=(s,)) for s in (bs.CorrectBias(), bs.SmoothQuant(0.5, multiply=True)))
+    assert bench.size(corrected) == bench.size(plan)
+    assert bench.size(smoothed) == bench.artifact(smoothed).bytes
