@@ -39,7 +39,7 @@ NETWORKS: Mapping[str, Network] = {
     ),
     "mobilenet_v1": Network(
         lambda root, _: pretrained_mobilenet_v1(root),
-        # 32 pictures' activations leave the caches: torch then takes two and a half times as long for each
+        # the activations of 32 pictures leave the caches
         lambda root: tasks.mobilenet_v1_task(root, calibration=128, batch=8, tell=_quiet),
     ),
     "ds_cnn": Network(
