@@ -22,6 +22,7 @@ from .plan import Plan
 from .runner import Runner, pays, runner
 from .sampling import Shuffled, shuffled
 from .task import Split, batch_scores, evaluating, score, score_of
+from .technique import Step
 
 Scores = NDArray[np.float32]
 
@@ -73,7 +74,7 @@ class Gradual:
     _source: Shuffled | None = None
     _bounds: tuple[float, float] | None = None
     _reference: Score | None = None
-    _exporting: bool | None = None
+    _exporting: dict[tuple[Step, ...], bool] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         task = self.bench.task
@@ -92,10 +93,10 @@ class Gradual:
         """What evaluates an adapted plan on the runtime (a prepared one is exported for it); None: it is simulated."""
         if self.runner is None or self._source is None or not plan.prepare:
             return self.runner
-        if self._exporting is None:
+        if plan.prepare not in self._exporting:
             inputs = self._source.batch(0, self._source.chunk)[0]
-            self._exporting = pays(self.runner, plan, inputs, self._source.total)
-        return self.runner if self._exporting else None
+            self._exporting[plan.prepare] = pays(self.runner, plan, inputs, self._source.total)
+        return self.runner if self._exporting[plan.prepare] else None
 
     @property
     def reference(self) -> Score:

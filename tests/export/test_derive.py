@@ -20,6 +20,7 @@ from bitsmith.model.apply import build, materialised
 from bitsmith.model.formats import place
 from bitsmith.model.network import Network, network
 from bitsmith.plan import Plan
+from bitsmith.prepare.correct_bias import CorrectBias
 from bitsmith.site import Format, Range
 from bitsmith.techniques.float_ import Float
 from bitsmith.techniques.int_ import Int
@@ -248,6 +249,9 @@ def test_what_cannot_be_derived(small: Case) -> None:
     name = "left"
     assert small.derive(Plan({name: Int(4, 8)})) is None  # other weights
     assert small.derive(Plan({name: Float("bfloat16")})) is None
+    stepped = small.full_plan.replace(prepare=(CorrectBias(),))  # of the whole plan, so not of its parts
+    part = stepped.replace(sites={name: sites[name]})
+    assert derive([(small.full, stepped)], small.base, part, small.net.record) is None
     assert small.derive(Plan({name: dataclasses.replace(sites[name], out=Format(4))})) is None  # no such quantizer
     part = Plan({key: value for key, value in sites.items() if key != name})
     assert (

@@ -32,12 +32,13 @@ def derive(
 ) -> onnx.ModelProto | None:
     """What ``to_onnx`` gives for ``plan``, made in milliseconds from the ``raw_onnx`` of other plans.
 
-    ``fulls``: these, each with its plan; ``base``: of the float plan with the same ``prepare`` steps. All of one
-    network and example, materialised, in the same opset (which the result keeps). The plans are adapted ones. Every
-    site of ``plan`` is float or computed as in one of ``fulls`` (:func:`parts`); output formats (``out``) may differ.
+    ``fulls``: these, each with its plan; ``base``: of the float plan. All of one network and example, materialised, in
+    the same opset (which the result keeps). The plans are adapted ones. Every site of ``plan`` is float or computed as
+    in one of ``fulls`` (:func:`parts`); output formats (``out``) may differ.
 
-    None if the file cannot be derived, and must be exported: other techniques than ``Int`` and ``Float``, a
-    quantizer that no graph holds, float and quantized graphs that the exporter gave different structures.
+    None if the file cannot be derived, and must be exported: ``prepare`` steps, whose weights may depend on the whole
+    plan; other techniques than ``Int`` and ``Float``; a quantizer that no graph holds; float and quantized graphs that
+    the exporter gave different structures.
     """
     needed = parts(plan, [full_plan for _, full_plan in fulls], record)
     if needed is None or any(opset_of(fulls[k][0]) != opset_of(base) for k in needed):
@@ -51,7 +52,7 @@ def derive(
             lambda graph: _Derivation(
                 _Source(graph, full_plan, record),
                 [_Source(ir.from_proto(other).graph, its, record) for other, its in rest],
-                _Source(ir.from_proto(base).graph, Plan(prepare=plan.prepare), record),
+                _Source(ir.from_proto(base).graph, Plan(), record),
                 plan,
                 record,
             ).run(),
@@ -69,11 +70,7 @@ def parts(plan: Plan, full_plans: Sequence[Plan], record: Record) -> tuple[int, 
     """Which of the fuller plans have the sites of ``plan`` computed as it has them, the one of most first; None: not
     all sites are in one of them, or a plan has techniques that cannot be derived. At least one."""
     ours = {name: technique for name, technique in plan.sites.items() if isinstance(technique, Int)}
-    usable = [
-        k
-        for k, full in enumerate(full_plans)
-        if full.prepare == plan.prepare and _derivable(full, record) and _derivable(plan, record)
-    ]
+    usable = [k for k, full in enumerate(full_plans) if _derivable(full, record)] if _derivable(plan, record) else []
     found: list[int] = []
     while usable:
         has = {k: sum(_same(technique, full_plans[k].get(name)) for name, technique in ours.items()) for k in usable}
@@ -89,6 +86,8 @@ def parts(plan: Plan, full_plans: Sequence[Plan], record: Record) -> tuple[int, 
 
 
 def _derivable(plan: Plan, record: Record) -> bool:
+    if plan.prepare:
+        return False
     for name, technique in plan.sites.items():
         site = record.site(name)
         if not _floating(technique) and not isinstance(technique, Int):

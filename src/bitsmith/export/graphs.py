@@ -40,7 +40,7 @@ class Graphs:
             return None
         fulls = [self.plans[k] for k in needed]
         opset = max(default_opset(self._program(full)[0]) for full in fulls)
-        base = self._graph(Plan(prepare=plan.prepare), opset)
+        base = self._graph(Plan(), opset)
         model = derive([(self._graph(full, opset), full) for full in fulls], base, plan, record)
         return None if model is None else (model, self._program(fulls[0])[1])
 
