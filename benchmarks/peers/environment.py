@@ -30,7 +30,7 @@ class Environment:
 
 
 PEERS = Environment(
-    requirements=("-e", f"{ROOT}[peers]"),
+    requirements=("-e", f"{ROOT}[peers,openvino]"),
     imports=("nncf", "openvino", "aimet_onnx"),
     tuners=("nncf_accuracy_control", "nncf_accuracy_control_onnx", "aimet_amp"),
 )

@@ -90,7 +90,7 @@ class Gradual:
         return runner(self.bench, self._source.batch(0, self._source.chunk)[0])
 
     def runs(self, plan: Plan) -> Runner | None:
-        """What evaluates an adapted plan on the runtime (a prepared one is exported for it); None: it is simulated."""
+        """What evaluates an adapted plan on the runtime (a prepared one may take an export); None: it is simulated."""
         if self.runner is None or self._source is None or not plan.prepare:
             return self.runner
         if plan.prepare not in self._exporting:

@@ -77,8 +77,8 @@ def runner(bench: Bench, inputs: Any) -> Runner | None:
 
 
 def pays(found: Runner, plan: Plan, inputs: Any, samples: int) -> bool:
-    """Whether a plan with ``prepare`` steps, which takes an export of its own, is exported and run on so many samples
-    faster than it is simulated. Timed with the first such plan, and kept in the store."""
+    """Whether a plan with ``prepare`` steps is written and run on so many samples faster than it is simulated: it may
+    take an export of its own. Timed with the first such plan, and kept in the store."""
     bench, size = found.bench, batch_size(inputs)
 
     def faster() -> str:

@@ -73,13 +73,16 @@ def parts(plan: Plan, full_plans: Sequence[Plan], record: Record) -> tuple[int, 
     usable = [k for k, full in enumerate(full_plans) if _derivable(full, record)] if _derivable(plan, record) else []
     found: list[int] = []
     while usable:
-        has = {k: sum(_same(technique, full_plans[k].get(name)) for name, technique in ours.items()) for k in usable}
+        has = {
+            k: sum(same_technique(technique, full_plans[k].get(name)) for name, technique in ours.items())
+            for k in usable
+        }
         best = max(usable, key=lambda k: has[k])
         if found and not has[best]:
             break
         usable.remove(best)
         found.append(best)
-        ours = {name: t for name, t in ours.items() if not _same(t, full_plans[best].get(name))}
+        ours = {name: t for name, t in ours.items() if not same_technique(t, full_plans[best].get(name))}
         if not ours:
             return tuple(found)
     return None
@@ -102,7 +105,7 @@ def _floating(technique: Technique | None) -> bool:
     return technique is None or (isinstance(technique, Float) and technique.dtype == "float32")
 
 
-def _same(mine: Technique | None, theirs: Technique | None) -> bool:
+def same_technique(mine: Technique | None, theirs: Technique | None) -> bool:
     """Whether two techniques compute a site alike, whatever their output format."""
     if isinstance(mine, Int) and isinstance(theirs, Int):
         return dataclasses.replace(mine, out=None) == dataclasses.replace(theirs, out=None)
@@ -238,7 +241,7 @@ class _Derivation:
         """The graph that computes a weighted site as the plan does."""
         wanted = self.plan.get(name)
         if isinstance(wanted, Int):
-            return next(s for s in (self.full, *self.others) if _same(wanted, s.plan.get(name)))
+            return next(s for s in (self.full, *self.others) if same_technique(wanted, s.plan.get(name)))
         return self.base if isinstance(self.full.plan.get(name), Int) else self.full
 
     # -- sites of other graphs ---------------------------------------------------------------------------------------

@@ -48,9 +48,14 @@ def applied_program(net: nn.Module, example: Any, batch: int | None = None) -> t
     """
     if batch is not None:
         example = with_batch(example, batch)
-    if CHILD in dict(net.named_children()):
-        net = materialised(net, lambda replica: call(replica, example))
-    return exported_program(net, example), example
+    return exported_program(shipped(net, example), example), example
+
+
+def shipped(net: nn.Module, example: Any) -> nn.Module:
+    """A copy of an applied network with weights as they ship; a network that carries no plan itself."""
+    if CHILD not in dict(net.named_children()):
+        return net
+    return materialised(net, lambda replica: call(replica, example))
 
 
 def with_batch(example: Any, batch: int) -> Any:
