@@ -141,7 +141,8 @@ class Bench:
             have = known.get(tensor)
             if have is not None and (have.histogram is not None or not histogram):
                 continue
-            found = self.store.get("range", self._range_key(tensor, histogram))
+            keys = [self._range_key(tensor, more) for more in {histogram, True}]
+            found = next((kept for key in keys if (kept := self.store.get("range", key)) is not None), None)
             if found is None:
                 missing[tensor] = histogram
             else:
@@ -170,7 +171,11 @@ class Bench:
     def chosen(self) -> ChosenRanges:
         """The range methods of each technique."""
         key = {**self.model_key, "data": self.calibration_key}
-        return ChosenRanges(self.net, self.target, self.task.calibration, self.store, key)
+        return ChosenRanges(self.net, self.target, self.task.calibration, self.store, key, self._observed)
+
+    def _observed(self, formats: Sequence[tuple[str, Format]]) -> Network:
+        self.ranges(formats)
+        return self.net
 
     def _told(self, technique: Technique) -> None:
         self.progress.note(f"choosing range methods for {technique}")

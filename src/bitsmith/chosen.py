@@ -6,9 +6,10 @@ So a site is quantized alike wherever it is quantized, in every plan, and files 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from .model.formats import place
 from .model.network import Network
 from .plan import Plan
 from .prepare.ranges import choose_ranges
@@ -23,12 +24,21 @@ _RANGES = ("range", "weight_range")
 class ChosenRanges:
     """The choices for one network on one target, from the store or made on the calibration data when first needed.
 
-    ``key``: what they depend on besides technique and code. A technique that names a range method keeps it.
+    ``key``: what they depend on besides technique and code. ``observed``: gives the network with statistics of these
+    tensors, for whoever keeps them. A technique that names a range method keeps it.
     """
 
-    def __init__(self, net: Network, target: Target, calibration: Any, store: Store, key: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        net: Network,
+        target: Target,
+        calibration: Any,
+        store: Store,
+        key: dict[str, Any],
+        observed: Callable[[Sequence[tuple[str, Format]]], Network] | None = None,
+    ) -> None:
         self.net, self.target, self.calibration = net, target, calibration
-        self.store, self.key = store, key
+        self.store, self.key, self.observed = store, key, observed
         self._plans: dict[Technique, Plan] = {}
 
     def known(self, techniques: Iterable[Technique]) -> dict[Technique, Plan]:
@@ -95,7 +105,11 @@ class ChosenRanges:
         kept = self.store.get("ranges chosen", key)
         if kept is not None:
             return Plan.from_json(kept, classes)
-        found = choose_ranges(self.net, adapted, self.calibration)
+        net = self.net
+        if self.observed is not None:  # histograms and all: the passes of those who ask later are spared
+            formats = [(t, dataclasses.replace(f, range=Range("mse"))) for t, f in place(adapted, record).tensors]
+            net = self.observed(formats)
+        found = choose_ranges(net, adapted, self.calibration)
         self.store.put("ranges chosen", key, found.to_json())
         return found
 

@@ -66,10 +66,11 @@ def _measured(
 ) -> Scores:
     bench.progress.start(f"measuring what {len(missing)} of {len(pairs)} choices lose", len(missing))
     sites = bench.net.record.sites
+    refined = [(site, bench.refined(Plan({site: technique}))[site]) for site, technique in missing]
     bench.ranges(
         [
             (operand.tensor, fmt)
-            for site, technique in missing
+            for site, technique in refined
             for operand, fmt in zip(sites[site].operands, technique.reads(sites[site]), strict=True)
             if fmt is not None and not operand.constant
         ]

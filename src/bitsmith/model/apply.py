@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -333,8 +334,9 @@ def _forgetful(additions: Additions) -> list[Cell]:
 
 def prepared(net: Network, plan: Plan, calibration: Any) -> Network:
     """The network behind the plan's steps, which see the plan without them and what statistics ``net`` has."""
-    known = net.record.statistics
+    known, memo = net.record.statistics, net.memo
     net = network(duplicate(net.model), net.example, forward=net.forward, names=plan.sites).with_statistics(known)
+    net = dataclasses.replace(net, memo=memo)
     bare = plan.replace(prepare=())
     for step in plan.prepare:
         net = step.prepare(net, bare, calibration)

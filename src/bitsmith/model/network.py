@@ -27,7 +27,8 @@ Forward = Callable[[nn.Module, Any], Any]
 class Network:
     """A model (never changed), what one forward pass of it showed, and how its calls are named in replay.
 
-    ``expand``: site names given inside composites or as whole modules, which decided what was recorded.
+    ``expand``: site names given inside composites or as whole modules, which decided what was recorded. ``memo``: what
+    was computed of the model alone and may be asked for again, by keys that say of which content.
     """
 
     model: nn.Module
@@ -37,6 +38,7 @@ class Network:
     expand: frozenset[str] = frozenset()
     modules: tuple[str, ...] = ()
     example: Any = field(default=None, repr=False)
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def with_model(
         self, model: nn.Module, grids: Mapping[tuple[str, int], tuple[Tensor, Tensor]] | None = None

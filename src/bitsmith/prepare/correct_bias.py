@@ -18,18 +18,19 @@ from ..model.network import Network, duplicate
 from ..numerics.weights import folded_affine
 from ..plan import Plan
 from ..technique import Cell, Step
+from ._floats import float_batches
 from ._layers import (
     Layer,
     channel_axis,
-    first_inputs_of,
     layers,
     per_channel,
     relative_errors,
     tensor_at,
     watch_cells,
-    watched,
 )
 from ._links import norm_keys
+
+_COMPARED = 64
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class CorrectBias(Step):
     1973, doi:10.1080/01621459.1973.10481350). With one sample nothing can be known, and nothing is corrected.
 
     A mean over positions can mislead: that of sentences counts their padding. So the corrections are kept only if the
-    simulated outputs of the whole network come closer to the float ones, as a part of each sample's power.
+    simulated outputs of the whole network come closer to the float ones, as a part of each sample's power, on the first
+    64 of the samples.
 
     Ranges stay those of the network before: a correction answers the rounding that they cause. So it belongs behind
     the other steps. Layers are left alone that have no bias and no module of torch's own that could get one.
@@ -70,7 +72,7 @@ class CorrectBias(Step):
         for name, shift in _shifts(net, plan, data, places, self.samples).items():
             _add(model, places[name], shift)
         corrected = net.with_model(model).with_statistics(statistics)
-        before, after = _output_errors(net, (net, corrected), plan, data, self.samples)
+        before, after = _output_errors(net, (net, corrected), plan, data, min(self.samples, _COMPARED))
         return corrected if after < before else net
 
 
@@ -139,13 +141,12 @@ def _shifts(net: Network, plan: Plan, data: Any, places: Mapping[str, _Place], s
     affine = {name: folded_affine(*net.record.folds[name]) for name in places if name in net.record.folds}
     means: dict[str, Tensor] = {}
 
-    def remember(name: str, operands: tuple[Tensor, ...], output: Tensor) -> None:
-        means[name] = per_channel(output, places[name].layer.site).double()
-
     def correct(name: str, cell: Cell, operands: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if name not in means:  # the float network went another way
+            return output
         site = places[name].layer.site
         factor, shift = affine.get(name, (None, None))
-        got, wanted = per_channel(output, site).double(), means.pop(name)
+        got, wanted = per_channel(output, site).double(), means.pop(name).double()
         if factor is not None and shift is not None:
             wanted = wanted * factor + shift
             got = got if cell.norm else got * factor + shift
@@ -156,13 +157,13 @@ def _shifts(net: Network, plan: Plan, data: Any, places: Mapping[str, _Place], s
         axis = channel_axis(site.kind, output.dim())
         return output + found.to(output).reshape(-1, *([1] * (output.dim() - 1 - axis)))
 
-    reference = watched(net, places, remember)
     simulation = build(net, plan, data).eval()
     watch_cells(simulation, places, correct)
-    with torch.no_grad():
-        for inputs in first_inputs_of(data, samples):
-            call(reference, inputs, net.forward)
-            call(simulation, inputs, net.forward)
+    for batch in float_batches(net, data, samples):
+        means.clear()
+        means.update(batch.means)
+        with torch.no_grad():
+            call(simulation, batch.inputs, net.forward)
     return {
         name: _before(found.shrunk(), affine[name][0]) if name in affine and not places[name].folded else found.shrunk()
         for name, found in sums.items()
@@ -180,14 +181,13 @@ def _output_errors(net: Network, candidates: Sequence[Network], plan: Plan, data
     """How far the simulated outputs of each candidate lie from the float ones of ``net``: squared error / power, the
     sum over samples and outputs."""
     simulations = [build(candidate, plan, data).eval() for candidate in candidates]
-    model = duplicate(net.model).eval()
     errors = [0.0] * len(simulations)
-    with torch.no_grad():
-        for inputs in first_inputs_of(data, samples):
-            wanted = [x for x in tensors(call(model, inputs, net.forward)) if x.is_floating_point()]
-            for index, simulation in enumerate(simulations):
-                got = [x for x in tensors(call(simulation, inputs, net.forward)) if x.is_floating_point()]
-                errors[index] += sum(float(relative_errors(a, b).sum()) for a, b in zip(got, wanted, strict=True))
+    for batch in float_batches(net, data, samples):
+        for index, simulation in enumerate(simulations):
+            with torch.no_grad():
+                got = [x for x in tensors(call(simulation, batch.inputs, net.forward)) if x.is_floating_point()]
+            pairs = zip(got, batch.outputs, strict=True)
+            errors[index] += sum(float(relative_errors(a, b).sum()) for a, b in pairs)
     return errors
 
 
