@@ -203,8 +203,8 @@ class Tabled:
             source=self.table.source,
         )
 
-    def decide(self, plan: Plan, limit: float, patience: float = 1.0) -> Evaluation:
-        return self.inner.decide(plan, limit, patience) if self.inner.adapted(plan).sites else self(plan)
+    def decide(self, plan: Plan, limit: float, chance: float = 0.0) -> Evaluation:
+        return self.inner.decide(plan, limit, chance) if self.inner.adapted(plan).sites else self(plan)
 
     def check(self, limit: float, candidates: int | None) -> str:
         return self.inner.check(limit, candidates)

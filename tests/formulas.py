@@ -87,11 +87,11 @@ class InStages(Called):
         self.timed.append(plan)
         return self._measured(plan)
 
-    def decide(self, plan: Plan, limit: float, patience: float = 1.0) -> Evaluation:
-        assert (plan, patience) not in self._asked, "decided twice"
-        self._asked.append((plan, patience))
+    def decide(self, plan: Plan, limit: float, chance: float = 0.0) -> Evaluation:
+        assert (plan, chance) not in self._asked, "decided twice"
+        self._asked.append((plan, chance))
         self.decided.append(plan)
-        if patience < 1 and self.wrong(plan):
+        if chance and self.wrong(plan):
             return Evaluation(plan, drop=0.0, samples=100, within=True, certain=False, complete=False)
         lost = self.lost(plan)
         return Evaluation(plan, drop=lost, samples=100, within=lost <= limit, complete=False)

@@ -179,7 +179,7 @@ def test_whole_on_onnx_runtime(model: Small, monkeypatch: pytest.MonkeyPatch, ru
 
 def test_a_partly_scored_plan_is_completed(bench: Bench, truth: dict[str, np.ndarray], scored: Scored) -> None:
     gradual = fresh(bench)
-    some = gradual.decide(PLANS["2 bits"], 0.1, patience=0.2)
+    some = gradual.decide(PLANS["2 bits"], 0.1, chance=0.4)
     assert 0 < len(some.scores) < TOTAL
     assert not some.complete
     assert np.array_equal(gradual.whole(PLANS["2 bits"]).scores, truth["2 bits"])
@@ -195,7 +195,9 @@ def test_a_partly_scored_plan_is_completed(bench: Bench, truth: dict[str, np.nda
 @pytest.mark.parametrize(
     ("name", "limit", "within"), [("8 bits", 0.1, True), ("nothing", 0.05, False), ("opposite", 0.3, False)]
 )
-def test_what_is_clear_is_decided_early(bench: Bench, scored: Scored, name: str, limit: float, within: bool) -> None:
+def test_what_is_clear_is_decided_early(
+    bench: Bench, truth: dict[str, np.ndarray], scored: Scored, name: str, limit: float, within: bool
+) -> None:
     found = fresh(bench).decide(PLANS[name], limit)
     assert found.within is within
     assert found.certain
@@ -203,10 +205,9 @@ def test_what_is_clear_is_decided_early(bench: Bench, scored: Scored, name: str,
     assert len(found.scores) == sum(count for _, count in scored) < TOTAL / 2
     assert found.interval[0] <= found.mean <= found.interval[1]
     # not a batch more than it takes: without the last one nothing was certain
-    fewer = len(found.scores) - 16
-    again = fresh(bench).decide(PLANS[name], limit, patience=fewer / TOTAL)
-    assert len(again.scores) == fewer
-    assert not again.certain
+    order = np.random.default_rng(0).permutation(TOTAL)[: len(found.scores) - 16]
+    worse = (truth["float"].astype(float) - truth[name])[order]
+    assert sequential.decide(worse, TOTAL, limit, -1.0, 1.0, 1 - Certainty().level) is None
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -226,7 +227,7 @@ def test_decisions_agree_with_the_whole_set(bench: Bench, truth: dict[str, np.nd
 
 
 def test_scores_are_in_the_random_order(bench: Bench, truth: dict[str, np.ndarray]) -> None:
-    found = fresh(bench, seed=5).decide(PLANS["2 bits"], 0.1, patience=0.3)
+    found = fresh(bench, seed=5).decide(PLANS["2 bits"], 0.1, chance=0.3)
     order = np.random.default_rng(5).permutation(TOTAL)[: len(found.scores)]
     assert np.array_equal(found.scores, truth["2 bits"][order])
     difference = (truth["float"].astype(float) - truth["2 bits"])[order]
@@ -234,13 +235,28 @@ def test_scores_are_in_the_random_order(bench: Bench, truth: dict[str, np.ndarra
     assert found.interval == sequential.interval(difference, TOTAL, -1.0, 1.0, 1 - Certainty().level)
 
 
-def test_after_its_patience_it_says_what_it_looks_like(bench: Bench, truth: dict[str, np.ndarray]) -> None:
-    drop = float(np.mean(truth["float"].astype(float) - truth["2 bits"]))
-    for limit in (drop - 1 / TOTAL, drop + 1 / TOTAL):
-        found = fresh(bench).decide(PLANS["2 bits"], limit, patience=0.25)
-        assert TOTAL * 0.25 <= len(found.scores) < TOTAL * 0.25 + 16
-        assert not found.certain
-        assert found.within is bool(found.mean <= limit)
+@pytest.mark.parametrize("off", [-0.05, -0.02, 0.02, 0.05])
+def test_what_is_likely_is_said_before_it_is_certain(
+    bench: Bench, truth: dict[str, np.ndarray], scored: Scored, off: float
+) -> None:
+    """After the first batch that makes one of the two unlikely; what is known beyond it changes nothing."""
+    worse = truth["float"].astype(float) - truth["2 bits"]
+    limit, plan = float(worse.mean()) + off, PLANS["2 bits"]
+    found = fresh(bench).decide(plan, limit, chance=0.3)
+    seen, order = len(found.scores), np.random.default_rng(0).permutation(TOTAL)
+
+    def likely(count: int) -> float:
+        return sequential.chance(worse[order[:count]], TOTAL, limit, -1.0, 1.0)
+
+    assert not found.certain
+    assert not 0.3 <= likely(seen) <= 0.7
+    assert all(0.3 <= likely(count) <= 0.7 for count in range(16, seen, 16))
+    assert found.within is (likely(seen) >= 0.5)
+    gradual = fresh(bench)
+    gradual.whole(plan)
+    scored.clear()
+    assert len(gradual.decide(plan, limit, chance=0.3).scores) == seen
+    assert not scored
 
 
 def test_a_later_question_goes_on_where_the_last_one_ended(
@@ -254,19 +270,19 @@ def test_a_later_question_goes_on_where_the_last_one_ended(
 
     with Store(path) as store:
         gradual = Gradual(opened(model, store=store))
-        first = gradual.decide(plan, limit, patience=0.1)
+        first = gradual.decide(plan, limit, chance=0.45)
         assert total() == len(first.scores)
         # the same question, and an easier one, cost nothing
-        assert np.array_equal(gradual.decide(plan, limit, patience=0.1).scores, first.scores)
+        assert np.array_equal(gradual.decide(plan, limit, chance=0.45).scores, first.scores)
         assert gradual.decide(plan, 0.9).within is True
         assert total() == len(first.scores)
-        second = gradual.decide(plan, limit, patience=0.3)
+        second = gradual.decide(plan, limit, chance=0.05)
         assert total() == len(second.scores) > len(first.scores)
         assert np.array_equal(second.scores[: len(first.scores)], first.scores)
     with Store(path) as store:  # another process, the same file
         gradual = Gradual(opened(model, store=store))
         whole = scored.count(("whole", 0))
-        third = gradual.decide(plan, limit, patience=0.5)
+        third = gradual.decide(plan, limit)
         assert total() == len(third.scores) > len(second.scores)
         assert np.array_equal(third.scores[: len(second.scores)], second.scores)
         assert np.array_equal(gradual.whole(plan).scores, truth["4 bits"])
@@ -278,9 +294,9 @@ def test_scores_of_one_order_or_plan_are_not_taken_for_anothers(bench: Bench, tr
     store = Store(None)
     for seed, name in itertools.product((0, 1), ("2 bits", "opposite")):
         gradual = Gradual(dataclasses.replace(bench, store=store, seed=seed))
-        gradual.decide(PLANS[name], 0.09, patience=0.4)
+        gradual.decide(PLANS[name], 0.09, chance=0.1)
         order = np.random.default_rng(seed).permutation(TOTAL)
-        found = gradual.decide(PLANS[name], 0.09, patience=0.4)
+        found = gradual.decide(PLANS[name], 0.09, chance=0.1)
         assert np.array_equal(found.scores, truth[name][order[: len(found.scores)]])
 
 
@@ -328,7 +344,7 @@ def test_why_the_whole_set_is_seen(model: Small, changes: dict[str, Any], certai
     lost = bench.score(None).mean - bench.score(plan).mean
     assert lost > 0.1
     for limit in (lost + 1e-3, lost - 1e-3):
-        found = gradual.decide(plan, limit, patience=0.1)
+        found = gradual.decide(plan, limit, chance=0.4)
         assert len(found.scores) == found.total == TOTAL
         assert found.complete
         assert found.certain

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from scipy.stats import binom
+from scipy.stats import binom, hypergeom
 
 from bitsmith import sequential
 from bitsmith.sequential import decide, interval, needed, upper_bound
@@ -309,3 +309,41 @@ def test_arguments_without_a_meaning_are_refused(call: Callable[[], object], mat
 def test_rounding_over_the_range_is_forgiven() -> None:
     assert upper_bound(np.array([1.0 + 1e-12, 0.0]), -1.0, 1.0, 0.05) <= 1.0
     assert decide(np.full(5, np.float32(0.1)), 5, 0.1, -0.1, 0.1, 0.05) is True
+
+
+# -- chances ---------------------------------------------------------------------------------------------------------
+
+
+def hypergeometric(seen: int, worse: int, total: int, limit: int) -> float:
+    """The chance that at most ``limit`` of all samples differ, every number of them being as likely beforehand."""
+    numbers = range(worse, total - seen + worse + 1)
+    weights = [hypergeom.pmf(worse, total, number, seen) for number in numbers]
+    return float(sum(w for w, number in zip(weights, numbers, strict=True) if number <= limit) / sum(weights))
+
+
+@pytest.mark.parametrize(("seen", "worse", "limit"), [(100, 5, 20), (100, 5, 50), (200, 30, 120), (300, 10, 20)])
+def test_chances_are_near_those_of_a_flat_prior(seen: int, worse: int, limit: int) -> None:
+    differences = np.repeat([1.0, 0.0], [worse, seen - worse])
+    found = sequential.chance(differences, 1000, limit / 1000, -1.0, 1.0)
+    assert found == pytest.approx(hypergeometric(seen, worse, 1000, limit), abs=0.12)
+
+
+@given(st.lists(st.sampled_from([-1.0, 0.0, 1.0]), max_size=60), st.integers(0, 60), st.floats(-0.5, 0.5))
+def test_chances_grow_with_the_limit_and_end_at_certainty(seen: list[float], more: int, limit: float) -> None:
+    differences, total = np.array(seen), len(seen) + more
+    if not total:
+        return
+    chances = [sequential.chance(differences, total, limit + step, -1.0, 1.0) for step in (0.0, 0.1, 0.3)]
+    assert chances == sorted(chances)
+    assert all(0 <= chance <= 1 for chance in chances)
+    if not more:
+        assert chances[0] == float(differences.mean() <= limit + 1e-12)
+
+
+def test_a_few_samples_that_agree_prove_little() -> None:
+    zeros = [sequential.chance(np.zeros(count), 1000, -0.1, -1.0, 1.0) for count in (8, 16, 100, 400)]
+    assert zeros[0] > 0.1 > zeros[2] > zeros[3]
+    with pytest.raises(ValueError, match="outside"):
+        sequential.chance(np.array([2.0]), 10, 0.1, -1.0, 1.0)
+    with pytest.raises(ValueError, match="total=3"):
+        sequential.chance(np.zeros(4), 3, 0.1, -1.0, 1.0)

@@ -141,8 +141,8 @@ class Bench:
             have = known.get(tensor)
             if have is not None and (have.histogram is not None or not histogram):
                 continue
-            keys = [self._range_key(tensor, more) for more in {histogram, True}]
-            found = next((kept for key in keys if (kept := self.store.get("range", key)) is not None), None)
+            found = None if histogram else self.store.look("range", self._range_key(tensor, True))
+            found = found or self.store.get("range", self._range_key(tensor, histogram))
             if found is None:
                 missing[tensor] = histogram
             else:

@@ -108,13 +108,13 @@ class Evaluator:
             source=bench.target.source,
         )
 
-    def decide(self, plan: Plan, limit: float, patience: float = 1.0) -> Evaluation:
+    def decide(self, plan: Plan, limit: float, chance: float = 0.0) -> Evaluation:
         """Whether the drop is within ``limit``, on as many samples as that takes (see :class:`Staged`)."""
         adapted = self.adapted(plan)
         if adapted.empty:
             return self(plan)
         self._collect(adapted)
-        found = self.gradual.decide(adapted, limit, patience)
+        found = self.gradual.decide(adapted, limit, chance)
         if found.complete:
             return dataclasses.replace(self._judged(adapted), within=found.within)
         return Evaluation(
@@ -162,7 +162,7 @@ class Evaluator:
             raise
         ahead.quiet()
 
-    def ahead(self, plans: Sequence[Plan], limit: float, patience: float = 1.0) -> None:
+    def ahead(self, plans: Sequence[Plan], limit: float, chance: float = 0.0) -> None:
         """Begin to decide about these on workers (see :class:`Ahead`); nothing without :meth:`helped`.
 
         Raises :class:`~bitsmith.workers.WorkerError` for a model or task that cannot be sent.
@@ -170,7 +170,7 @@ class Evaluator:
         if self._decisions is not None:
             adapted = [self.adapted(plan) for plan in plans]
             simulated = [plan for plan in adapted if not plan.empty and self.gradual.runs(plan) is None]
-            self._decisions.begin(simulated, limit, patience)
+            self._decisions.begin(simulated, limit, chance)
 
     def _collect(self, adapted: Plan) -> None:
         if self._decisions is not None:
@@ -194,13 +194,13 @@ class DecisionsAhead:
         self._jobs: dict[str, _Job] = {}
         self._recipe: Recipe | None = None
 
-    def begin(self, plans: Sequence[Plan], limit: float, patience: float) -> None:
+    def begin(self, plans: Sequence[Plan], limit: float, chance: float) -> None:
         """Have these decided, the first one first; what was begun before and is not among them may be withdrawn."""
         wanted = {plan.digest(): plan for plan in plans}
         self.withdraw(wanted)
         for key, plan in wanted.items():
-            known = None if key in self._jobs or self.crew.broken else self._undecided(plan, limit, patience)
-            future = None if known is None else self._send(plan, limit, patience, known)
+            known = None if key in self._jobs or self.crew.broken else self._undecided(plan, limit, chance)
+            future = None if known is None else self._send(plan, limit, chance, known)
             if known is not None and future is not None:
                 self._jobs[key] = _Job(plan, len(known), future)
 
@@ -224,18 +224,16 @@ class DecisionsAhead:
         """Take back what has not begun, and wait for nothing. ``but``: digests of plans that stay."""
         self._jobs = {k: job for k, job in self._jobs.items() if k in but or not self.crew.withdraws(job.future)}
 
-    def _undecided(self, plan: Plan, limit: float, patience: float) -> list[float] | None:
+    def _undecided(self, plan: Plan, limit: float, chance: float) -> list[float] | None:
         """The scores that the store has; None if they decide."""
         gradual, bench = self.gradual, self.gradual.bench
         if gradual.why_whole:
             found = bench.store.get("accuracy", bench.score_key(plan, "validation"))
             return [] if found is None else None
         known = gradual._known(plan)
-        if len(known) and gradual._partial(known, limit).within is not None:
-            return None
-        return known.tolist() if len(known) < gradual._total * patience else None
+        return None if gradual.known_enough(known, limit, chance) else known.tolist()
 
-    def _send(self, plan: Plan, limit: float, patience: float, known: list[float]) -> Future[Any] | None:
+    def _send(self, plan: Plan, limit: float, chance: float, known: list[float]) -> Future[Any] | None:
         gradual, bench = self.gradual, self.gradual.bench
         statistics: dict[str, Any] = {}
         if not plan.prepare:  # a prepared network has ranges of its own
@@ -244,7 +242,7 @@ class DecisionsAhead:
             statistics = {tensor: bench.net.record.statistics[tensor] for tensor, _ in tensors}
         if self._recipe is None:
             self._recipe = recipe_of(bench)
-        given = plan, limit, patience, known, gradual.reference.to_json(), bench.data_key("validation")
+        given = plan, limit, chance, known, gradual.reference.to_json(), bench.data_key("validation")
         return self.crew.send(self._recipe, decide_remotely, statistics, gradual.certainty, *given)
 
     def _keep(self, job: _Job) -> None:

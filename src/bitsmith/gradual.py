@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -152,28 +152,57 @@ class Gradual:
             )
         return ""
 
-    def decide(self, plan: Plan, limit: float, patience: float = 1.0) -> Partial:
-        """Score as many samples as it takes to be certain, at most that share of the set."""
+    def decide(self, plan: Plan, limit: float, chance: float = 0.0) -> Partial:
+        """Score as many samples as it takes to be certain, or until the chance that the whole set's drop is within the
+        limit, or that it is not, is below ``chance``.
+
+        What is known beyond that is not looked at: the answer does not depend on what was asked before.
+        """
         if self.why_whole:
             got = self.whole(plan)
             lost = drop(self.reference, got)
             ends = (lost.mean, lost.mean) if lost.low is None or lost.high is None else (lost.low, lost.high)
             return Partial(got.scores, len(got.scores), lost.mean <= limit + 1e-12, True, lost.mean, ends)
-        scores = self._known(plan)
-        if not self._bounded(scores):
-            return self.decide(plan, limit)
-        found = self._partial(scores, limit)
-        most = max(self._total * patience, len(scores))
-        if found.within is None and len(scores) < most:
-            with self._scorer(plan) as scorer:
-                while found.within is None and len(scores) < most:
+        scores, seen = self._known(plan), 0
+        with ExitStack() as stack:
+            scorer: Callable[[Any], Any] | None = None
+            while True:
+                seen = self._after(seen)
+                if seen > len(scores):
+                    scorer = scorer or stack.enter_context(self._scorer(plan))
                     scores = self._more(plan, scores, scorer)
-                    if not self._bounded(scores):
-                        return self.decide(plan, limit)
-                    found = self._partial(scores, limit)
-        if found.within is None:
-            return self._partial(scores, limit, guess=True)
-        return found
+                if not self._bounded(scores[:seen]):
+                    return self.decide(plan, limit)
+                found = self._judged(scores[:seen], limit, chance)
+                if found is not None:
+                    return found
+
+    def known_enough(self, scores: Scores, limit: float, chance: float) -> bool:
+        """Whether :meth:`decide` would need no more than these scores of a plan, in random order."""
+        seen = 0
+        while (seen := self._after(seen)) <= len(scores):
+            if self._judged(scores[:seen], limit, chance) is not None:
+                return True
+        return False
+
+    def _after(self, seen: int) -> int:
+        """How many samples are known after one batch more."""
+        assert self._source is not None
+        return min(seen + self._source.chunk, self._total + (seen == self._total))
+
+    def _judged(self, scores: Scores, limit: float, chance: float) -> Partial | None:
+        """What these say for certain, or as likely as ``chance`` asks; None: more are needed."""
+        found = self._partial(scores, limit)
+        if found.within is not None or not chance:
+            return found if found.within is not None else None
+        assert self._source is not None
+        worse = self._worse(scores, self.reference.scores[self._source.order[: len(scores)]])
+        assert self._bounds is not None
+        width = self._bounds[1] - self._bounds[0]
+        likely = sequential.chance(worse, self._total, limit, -width, width)
+        if chance <= likely <= 1 - chance:
+            return None
+        return self._partial(scores, limit, guess=likely >= 0.5)
 
     def whole(self, plan: Plan) -> Score:
         """The score of the whole set."""
@@ -228,16 +257,16 @@ class Gradual:
         found: NDArray[np.float64] = sign * (reference.astype(np.float64) - scores)
         return found
 
-    def _partial(self, scores: Scores, limit: float, guess: bool = False) -> Partial:
+    def _partial(self, scores: Scores, limit: float, guess: bool | None = None) -> Partial:
         assert self._source is not None
         assert self._bounds is not None  # else the whole set is seen
         reference = self.reference.scores[self._source.order[: len(scores)]]
         worse, width = self._worse(scores, reference), self._bounds[1] - self._bounds[0]
         alpha = 1 - self.certainty.level
         mean = float(worse.mean()) if len(worse) else 0.0
-        if guess:
+        if guess is not None:
             ends = sequential.interval(worse, self._total, -width, width, alpha)
-            return Partial(scores, self._total, mean <= limit + 1e-12, False, mean, ends)
+            return Partial(scores, self._total, guess, False, mean, ends)
         within = sequential.decide(worse, self._total, limit, -width, width, alpha) if len(worse) else None
         ends = (-width, width) if within is None else sequential.interval(worse, self._total, -width, width, alpha)
         return Partial(scores, self._total, within, within is not None, mean, ends)

@@ -136,7 +136,7 @@ def decide_remotely(
     certainty: Certainty,
     plan: Plan,
     limit: float,
-    patience: float,
+    chance: float,
     known: Sequence[float],
     reference: Mapping[str, Any],
     data_key: str,
@@ -149,7 +149,7 @@ def decide_remotely(
     if gradual.why_whole:
         return bench.score(plan).to_json()
     keep_scores(gradual, plan, known, 0)
-    return gradual.decide(plan, limit, patience).scores.tolist()
+    return gradual.decide(plan, limit, chance).scores.tolist()
 
 
 def score_pairs(

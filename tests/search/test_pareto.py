@@ -126,7 +126,7 @@ class StagedBench(Bench):
         _, ms, mib = self.truth(plan)
         return Evaluation(plan, ms=ms, bytes=round(mib * MIB))
 
-    def decide(self, plan: Plan, limit: float, patience: float = 1.0) -> Evaluation:
+    def decide(self, plan: Plan, limit: float, chance: float = 0.0) -> Evaluation:
         raise AssertionError("a frontier needs whole evaluations")
 
     def bound(self, plan: Plan, candidates: int) -> float | None:

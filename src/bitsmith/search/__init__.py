@@ -136,7 +136,7 @@ class _CallsAhead:
             )
         return self.function(plan)
 
-    def ahead(self, plans: Sequence[Plan], limit: float, patience: float = 1.0) -> None:
+    def ahead(self, plans: Sequence[Plan], limit: float, chance: float = 0.0) -> None:
         wanted = {plan.digest(): plan for plan in plans}
         self.withdraw(wanted)
         for key, plan in wanted.items():

@@ -79,9 +79,9 @@ class Staged(Protocol):
         """Time, size and energy only; ``drop`` is None."""
         ...
 
-    def decide(self, plan: Plan, limit: float, patience: float = 1.0) -> Evaluation:
-        """The drop on as many samples as it takes to be certain that it is within ``limit`` or not, or on that share
-        of them (``patience``): ``within`` is then what the samples so far say."""
+    def decide(self, plan: Plan, limit: float, chance: float = 0.0) -> Evaluation:
+        """The drop on as many samples as it takes to be certain that it is within ``limit`` or not, or until its chance
+        to be is below ``chance`` or that not to be: ``within`` is then what is likelier."""
         ...
 
     def bound(self, plan: Plan, candidates: int) -> float | None:
@@ -98,8 +98,8 @@ class Staged(Protocol):
 class Ahead(Protocol):
     """An evaluator that can begin to measure plans, elsewhere, before it is asked about them. Optional."""
 
-    def ahead(self, plans: Sequence[Plan], limit: float, patience: float = 1.0) -> None:
-        """These may be asked about next with that limit and patience, the first one at once. What was announced before
+    def ahead(self, plans: Sequence[Plan], limit: float, chance: float = 0.0) -> None:
+        """These may be asked about next with that limit and chance, the first one at once. What was announced before
         and is not among them may be forgotten."""
         ...
 

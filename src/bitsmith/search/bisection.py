@@ -24,7 +24,7 @@ class Bisection(Search):
 
     ``order="ratio"``: loss for what is saved. ``order="random"``: the control, drawn with ``seed``. ``margin``:
     neighbours that are predicted worse by no more than this fraction have their costs measured too; 0: none.
-    ``max_evaluations``, ``patience``, ``passes``, ``seconds``: as in :class:`~bitsmith.searches.Exact`.
+    ``max_evaluations``, ``chance``, ``passes``, ``seconds``: as in :class:`~bitsmith.searches.Exact`.
     """
 
     order: Order = "marginal"
@@ -32,7 +32,7 @@ class Bisection(Search):
     seed: int = 0
     margin: float = 0.0
     max_evaluations: int = 64
-    patience: float = 0.3
+    chance: float = 0.1
     passes: float = 3.0
     seconds: float | None = None
 
@@ -55,9 +55,7 @@ class Bisection(Search):
             choices = unmeasured(program, self.order, minimize, self.mu, self.seed)
             return predicted([program.point(choice) for choice in choices], budget, minimize)
         control = program.point(base)
-        trials = Trials(
-            evaluate, self.max_evaluations, budget, minimize, control, progress, self.patience, self.seconds
-        )
+        trials = Trials(evaluate, self.max_evaluations, budget, minimize, control, progress, self.chance, self.seconds)
         points = []
         with trials.interruptible():
             trials.promise((len(program.units) + 1) ** len(levels(program, minimize)))

@@ -28,16 +28,16 @@ class Exact(Search):
     everywhere is asked first: it need not lie on the ladder, and is the plan to beat.
     ``points``: loss limits on the ladder. ``max_evaluations``: plans measured at most, the float plan included.
     ``margin``: a plan predicted worse than the best measured one by more than this fraction is not measured.
-    ``patience``: the share of the evaluation set after which a plan that is still undecided and looks as if it did not
-    keep the drop is left. ``passes``: full evaluation sets that may be forwarded in all, the whole evaluation of what
-    is returned included; more only until one keeps the drop. ``seconds``: after that nothing new is begun.
+    ``chance``: a plan that is still undecided is left once its chance to keep the drop is below. ``passes``: full
+    evaluation sets that may be forwarded in all, the whole evaluation of what is returned included; more only until one
+    keeps the drop. ``seconds``: after that nothing new is begun.
     """
 
     points: int = 24
     margin: float = 0.1
     max_evaluations: int = 12
-    patience: float = 0.5
-    passes: float = 2.5
+    chance: float = 0.1
+    passes: float = 2.0
     seconds: float | None = None
 
     def __post_init__(self) -> None:
@@ -76,9 +76,7 @@ class Exact(Search):
             return predicted(points, budget, minimize)
 
         control = program.point(program.control)
-        trials = Trials(
-            evaluate, self.max_evaluations, budget, minimize, control, progress, self.patience, self.seconds
-        )
+        trials = Trials(evaluate, self.max_evaluations, budget, minimize, control, progress, self.chance, self.seconds)
         candidates = {key_of(control.plan)}
         with trials.interruptible():
             trials.whole(control)

@@ -26,7 +26,7 @@ class Greedy(Search):
     mu: float = 1.0
     seed: int = 0
     max_evaluations: int = 1024
-    patience: float = 0.3
+    chance: float = 0.1
     passes: float = float("inf")
     seconds: float | None = None
 
@@ -47,9 +47,7 @@ class Greedy(Search):
             choices = unmeasured(program, self.order, minimize, self.mu, self.seed)
             return predicted([program.point(choice) for choice in choices], budget, minimize)
         control = program.point(base)
-        trials = Trials(
-            evaluate, self.max_evaluations, budget, minimize, control, progress, self.patience, self.seconds
-        )
+        trials = Trials(evaluate, self.max_evaluations, budget, minimize, control, progress, self.chance, self.seconds)
         points = []
         with trials.interruptible():
             trials.promise(None)

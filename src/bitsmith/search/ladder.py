@@ -77,10 +77,10 @@ def bisect(trials: Trials, points: Sequence[Point], fails_first: bool) -> int:
 
 
 def descend(trials: Trials, points: Sequence[Point], passes: float, held: Point | None = None) -> int:
-    """The last point found to keep the drop, from the far end down: after each that does not, where the drop would be
-    at the limit if it went with the loss. -1: none.
+    """The last point found to keep the drop, from the far end down: after each that does not, one that is expected
+    to lose what can still be hoped to fit (:meth:`Trials.tolerable`). -1: none.
 
-    What looks after ``patience`` as if it kept the drop is decided with certainty: it is evaluated whole anyway. Once
+    What is likely to keep the drop is decided with certainty: it is evaluated whole anyway. Once
     a point is found that keeps it (or another is ``held`` that does), others are tried while ``passes`` leave room for
     its whole evaluation and theirs.
     """
@@ -100,7 +100,7 @@ def descend(trials: Trials, points: Sequence[Point], passes: float, held: Point 
 
 
 def _tolerable(trials: Trials, points: Sequence[Point], low: int, high: int) -> int:
-    """Where between these the drop would be at the limit, if it went with the loss as at ``high``."""
+    """Where between these to go on after ``high`` did not keep the drop."""
     target = trials.tolerable(points[high])
     below = [k for k in range(low + 1, high) if points[k].loss <= target]
     return max(below, default=low + 1)

@@ -23,12 +23,15 @@ from .base import (
 
 Key = tuple[object, ...]
 
+_BOLD, _LESS = 3.0, 0.75
+"""Plans that lose too much are soon seen to, one that keeps the drop has to be evaluated whole: it pays to aim high."""
+
 
 class Trials:
     """Plans measured so far. ``seen`` maps a plan's key to its point with what is known of it.
 
-    ``control``: the float plan. ``most``: plans measured at most, it included. ``patience``: the share of the
-    evaluation set after which an undecided plan is judged by what was seen, until it is evaluated whole. ``seconds``:
+    ``control``: the float plan. ``most``: plans measured at most, it included. ``chance``: where that to keep the drop,
+    or that not to, is below it, an undecided plan is judged by what was seen, until it is evaluated whole. ``seconds``:
     after that nothing new is begun; None: no limit. An interrupt raises :class:`SearchInterrupted` with what is known.
     """
 
@@ -40,11 +43,11 @@ class Trials:
         minimize: str,
         control: Point,
         progress: Progress | None = None,
-        patience: float = 1.0,
+        chance: float = 0.0,
         seconds: float | None = None,
     ) -> None:
         self.evaluate, self.most, self.budget, self.minimize = evaluate, most, budget, minimize
-        self.control, self.progress, self.patience = control, progress, patience
+        self.control, self.progress, self.chance = control, progress, chance
         self.seen: dict[Key, Point] = {}
         self._end = None if seconds is None else time.monotonic() + seconds
         self.asks_drop = budget.drop is not None or minimize == "drop"
@@ -80,8 +83,8 @@ class Trials:
         return known
 
     def keeps(self, point: Point) -> bool:
-        """Whether the drop is within the budget: as certain as the evaluator was asked to be, or, after ``patience``,
-        as far as was seen. True where no drop is limited."""
+        """Whether the drop is within the budget: as certain as the evaluator was asked to be, or as likely as
+        ``chance`` says. True where no drop is limited."""
         limit = self.budget.drop
         if limit is None:
             return True
@@ -89,7 +92,7 @@ class Trials:
             return "drop" not in self.whole(point).missed(self.budget)
         known = self._of(point).evaluation
         if known is None or (known.within is None and known.drop is None):
-            self._learn(point, lambda staged: staged.decide(point.plan, limit, self.patience))
+            self._learn(point, lambda staged: staged.decide(point.plan, limit, self.chance))
         return "drop" not in self._of(point).missed(self.budget)
 
     def ahead(self, points: Iterable[Point]) -> None:
@@ -98,7 +101,7 @@ class Trials:
         if limit is not None and isinstance(self.evaluate, Ahead):
             known = {key for key, point in self.seen.items() if _has_drop(point)}
             waiting = {key_of(point.plan): point.plan for point in points if key_of(point.plan) not in known}
-            self.evaluate.ahead(list(waiting.values())[: self.most - len(self.seen)], limit, self.patience)
+            self.evaluate.ahead(list(waiting.values())[: self.most - len(self.seen)], limit, self.chance)
 
     def whole(self, point: Point) -> Point:
         """The point measured whole; each plan once."""
@@ -209,12 +212,13 @@ class Trials:
         return 1.0 - (got.samples / whole if got is not None and whole else 0.0)
 
     def tolerable(self, point: Point) -> float:
-        """The predicted loss at which the drop would be at its limit, if it went with the loss, as at this point."""
+        """The predicted loss to try next after this point did not keep the drop, a quarter less at least: where the
+        drop would be ``_BOLD`` times its limit, if it went with the loss."""
         got, limit = self._of(point).evaluation, self.budget.drop
         lost = None if got is None else got.judged
-        if lost is None or limit is None or limit <= 0 or not lost > limit:
-            return point.loss / 2
-        return point.loss * limit / lost
+        if lost is None or limit is None or limit <= 0 or not lost > 0:
+            return point.loss * _LESS
+        return point.loss * min(_BOLD * limit / lost, _LESS)
 
     def _set_size(self) -> int:
         return max(
@@ -232,7 +236,7 @@ class Trials:
         return got is not None and got.drop is not None and got.certain and "drop" in point.missed(self.budget)
 
     def holds(self, point: Point) -> bool:
-        """Whether the drop is within the limit, with certainty: no patience."""
+        """Whether the drop is within the limit, with certainty: no chance is enough."""
         limit = self.budget.drop
         if limit is not None and isinstance(self.evaluate, Staged) and not self._refuted(point):
             got = self._of(point).evaluation
