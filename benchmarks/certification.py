@@ -1,6 +1,6 @@
 """Whether what a search says about a plan's drop is true, the selection included: simulated searches, known truth.
 
-    python -m benchmarks.certification [--full] [--only rising|budget|scan]
+    python -m benchmarks.certification [--full] [--only rising|budget|scan|exact]
 
 Each search has a population, in which every plan of a ladder of K has a known drop, and an evaluation set of n samples
 drawn from it. It bisects the ladder for the most aggressive plan within the budget, each decision stopped as early as
@@ -8,6 +8,7 @@ drawn from it. It bisects the ladder for the most aggressive plan within the bud
 evaluated on the whole set, and where it fails there, the next plan less aggressive. Then the drop in the population is
 bounded at ``alpha`` / K, since any of the K plans could have been chosen. The part "scan" does not bisect but takes the
 first plan that holds, from the most aggressive on: a harder selection, among up to K plans instead of about log2 K.
+The part "exact" goes down the ladder as ``searches.Exact`` does, guesses by chance included.
 
 Plans differ from float in nested samples, and besides, for a share of them, in samples of their own. "rising": the drop
 grows from 0 to far over the budget. "at budget": the drop of half of the plans or of all is exactly the budget.
@@ -20,6 +21,7 @@ early stopping (samples used, and whether it ends at the same plan), and the bou
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Iterable, Sequence
@@ -30,7 +32,9 @@ from numpy.typing import NDArray
 
 from bitsmith.sequential import decide, upper_bound
 
+from . import known_ladder
 from .harness import Benchmark, Record, table
+from .known_ladder import RULE, KnownLadder
 
 Vector = NDArray[np.float64]
 
@@ -43,6 +47,7 @@ SEARCHES, SEARCHES_FULL = 300, 2000
 class Setting:
     """``drops``: which drops the plans have. ``changed``: share of samples that become right, beside those that become
     wrong. ``nested``: share of the changed samples that more aggressive plans share. ``scan``: no bisection.
+    ``exact``: nor that, but the rules of ``searches.Exact``.
     """
 
     name: str
@@ -53,6 +58,7 @@ class Setting:
     changed: float
     nested: float = 0.8
     scan: bool = False
+    exact: bool = False
 
     def ladder(self) -> tuple[Vector, Vector]:
         """(P(becomes wrong), P(becomes right)) of the plans in the population, each [plans], least aggressive first."""
@@ -88,8 +94,15 @@ SETTINGS = {
         Setting("over budget, n 1222, scan", 1222, 64, 0.01, "over budget", 0.0, 0.0, scan=True),
         Setting("far over budget, n 1222, scan", 1222, 64, 0.01, "far over budget", 0.0, 0.0, scan=True),
     ),
+    "exact": (
+        Setting("rising, n 436, exact", 436, 24, 0.02, "rising", 0.01, exact=True),
+        Setting("rising, n 1222, exact", 1222, 24, 0.01, "rising", 0.02, exact=True),
+        Setting("half at budget, n 1222, exact", 1222, 24, 0.01, "half at budget", 0.005, 0.5, exact=True),
+        Setting("at budget, n 500, exact", 500, 24, 0.02, "at budget", 0.01, 0.5, exact=True),
+        Setting("over budget, n 500, exact", 500, 24, 0.01, "over budget", 0.005, 0.3, exact=True),
+    ),
 }
-PARTS = {"rising": (0.5, 3.5), "budget": (0.7, 4.5), "scan": (0.5, 3.5)}
+PARTS = {"rising": (0.5, 3.5), "budget": (0.7, 4.5), "scan": (0.5, 3.5), "exact": (0.7, 4.5)}
 
 
 def drawn(setting: Setting, rng: np.random.Generator) -> Vector:
@@ -142,6 +155,8 @@ def stopped(differences: Vector, budget: float) -> tuple[int, bool]:
 
 def searched(setting: Setting, samples: Vector, early: bool) -> Search:
     """The search on an evaluation set [plans, n], most aggressive plan last; ``early``: decisions stop early."""
+    if setting.exact:
+        return _descended(setting, samples, early)
     n, within = setting.n, samples.mean(axis=1) <= setting.budget + 1e-12
     seen: dict[int, int] = {}
     decisions: list[tuple[int, bool, bool]] = []
@@ -166,6 +181,15 @@ def searched(setting: Setting, samples: Vector, early: bool) -> Search:
             chosen = plan
             break
     return Search(chosen, sum(seen.values()), decisions)
+
+
+def _descended(setting: Setting, samples: Vector, early: bool) -> Search:
+    """With the rules of ``Exact``. Losses are predicted as the square of the place, times as falling with it."""
+    steps = np.linspace(0, 1, setting.plans + 1)
+    chunk, rule = (CHUNK, RULE) if early else (setting.n, dataclasses.replace(RULE, chance=0.0))
+    ladder = KnownLadder(np.vstack([np.zeros(setting.n), samples]), (2.0 - steps).tolist(), chunk, ALPHA)
+    rung, used = known_ladder.searched(ladder, (steps**2).tolist(), setting.budget, rule=rule)
+    return Search(rung - 1 if rung else None, round(used * setting.n), ladder.decisions)
 
 
 @dataclass
