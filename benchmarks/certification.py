@@ -8,7 +8,8 @@ drawn from it. It bisects the ladder for the most aggressive plan within the bud
 evaluated on the whole set, and where it fails there, the next plan less aggressive. Then the drop in the population is
 bounded at ``alpha`` / K, since any of the K plans could have been chosen. The part "scan" does not bisect but takes the
 first plan that holds, from the most aggressive on: a harder selection, among up to K plans instead of about log2 K.
-The part "exact" goes down the ladder as ``searches.Exact`` does, guesses by chance included.
+The part "exact" goes down the ladder as ``searches.Exact`` does; a plan that it leaves with a guess counts among its
+decisions, as the level is that of each plan that is asked about, whenever one stops.
 
 Plans differ from float in nested samples, and besides, for a share of them, in samples of their own. "rising": the drop
 grows from 0 to far over the budget. "at budget": the drop of half of the plans or of all is exactly the budget.
@@ -125,12 +126,13 @@ def drawn(setting: Setting, rng: np.random.Generator) -> Vector:
 class Search:
     """One search. ``chosen``: the declared plan; None: float. ``used``: samples run, each plan's counted once.
 
-    ``decisions``: (samples seen, the answer, the truth on the set) of each decision, but not of the last evaluation.
+    ``decisions``: (samples seen, the answer, the truth on the set) of each decision, but not of the last evaluation;
+    None: the plan was left with a guess, which claims nothing.
     """
 
     chosen: int | None
     used: int
-    decisions: list[tuple[int, bool, bool]]
+    decisions: list[tuple[int, bool | None, bool]]
 
 
 def stopped(differences: Vector, budget: float) -> tuple[int, bool]:
@@ -159,7 +161,7 @@ def searched(setting: Setting, samples: Vector, early: bool) -> Search:
         return _descended(setting, samples, early)
     n, within = setting.n, samples.mean(axis=1) <= setting.budget + 1e-12
     seen: dict[int, int] = {}
-    decisions: list[tuple[int, bool, bool]] = []
+    decisions: list[tuple[int, bool | None, bool]] = []
 
     def holds(plan: int) -> bool:
         seen[plan], said = stopped(samples[plan], setting.budget) if early else (n, bool(within[plan]))
@@ -189,7 +191,7 @@ def _descended(setting: Setting, samples: Vector, early: bool) -> Search:
     chunk, rule = (CHUNK, RULE) if early else (setting.n, dataclasses.replace(RULE, chance=0.0))
     ladder = KnownLadder(np.vstack([np.zeros(setting.n), samples]), (2.0 - steps).tolist(), chunk, ALPHA)
     rung, used = known_ladder.searched(ladder, (steps**2).tolist(), setting.budget, rule=rule)
-    return Search(rung - 1 if rung else None, round(used * setting.n), ladder.decisions)
+    return Search(rung - 1 if rung else None, round(used * setting.n), list(ladder.decisions.values()))
 
 
 @dataclass
@@ -217,8 +219,8 @@ def simulated(setting: Setting, searches: int, seed: Sequence[int]) -> Tally:
     for number in range(searches):
         samples = drawn(setting, np.random.default_rng([*seed, number]))
         search, control = (searched(setting, samples, early) for early in (True, False))
-        tally.errors += [said is not truth for _, said, truth in search.decisions]
-        tally.early_errors += [said is not truth for t, said, truth in search.decisions if t < setting.n]
+        tally.errors += [said is (not truth) for _, said, truth in search.decisions]
+        tally.early_errors += [said is (not truth) for t, said, truth in search.decisions if t < setting.n]
         tally.same.append(search.chosen == control.chosen)
         tally.used.append(search.used / setting.n)
         tally.control.append(control.used / setting.n)

@@ -42,8 +42,8 @@ class KnownLadder:
     each sample is, in the order in which they are drawn, within [-1, 1]; row 0 is float, all 0. ``ms``: [plans].
 
     ``chunk``: samples a batch. ``share``: a guess is made after that share of the set, by the mean, as searches did
-    before they asked for a chance; None: as they do. ``decisions``: (samples, the answer, the truth on the set) of
-    each decision with certainty.
+    before they asked for a chance; None: as they do. ``decisions``: by rung that was asked about, the last (samples,
+    the answer that is certain or None, the truth on the set).
     """
 
     worse: Vector
@@ -51,7 +51,7 @@ class KnownLadder:
     chunk: int = 32
     alpha: float = 0.05
     share: float | None = None
-    decisions: list[tuple[int, bool, bool]] = field(default_factory=list)
+    decisions: dict[int, tuple[int, bool | None, bool]] = field(default_factory=dict)
 
     def rung(self, plan: Plan) -> int:
         found = plan["s"]
@@ -67,16 +67,19 @@ class KnownLadder:
         return Evaluation(plan, ms=self.ms[self.rung(plan)], float_ms=self.ms[0], bytes=1)
 
     def decide(self, plan: Plan, limit: float, chance: float = 0.0) -> Evaluation:
-        (_, n), row, seen = self.worse.shape, self.worse[self.rung(plan)], 0
+        n, rung, seen = self.worse.shape[1], self.rung(plan), 0
+        row = self.worse[rung]
+        truth = bool(row.mean() <= limit + 1e-12)
         while True:
             seen = min(seen + self.chunk, n)
             known = row[:seen]
             within = decide(known, n, limit, -1.0, 1.0, self.alpha)
             if within is not None:
-                self.decisions.append((seen, within, bool(row.mean() <= limit + 1e-12)))
+                self.decisions[rung] = seen, within, truth
                 break
             guess = self._guess(known, limit, chance) if chance else None
             if guess is not None:
+                self.decisions[rung] = seen, None, truth
                 drop = float(known.mean())
                 return Evaluation(plan, drop=drop, samples=seen, within=guess, certain=False, complete=False)
         return Evaluation(plan, drop=float(known.mean()), samples=seen, within=within, certain=True, complete=seen == n)

@@ -39,7 +39,7 @@ def test_it_is_a_staged_evaluator_that_tells_the_truth():
     sure = made.decide(plan(1), 4 / N)
     assert sure.within
     assert sure.certain
-    assert made.decisions == [(sure.samples, True, True)]
+    assert made.decisions == {1: (sure.samples, True, True)}
 
 
 @pytest.mark.parametrize("share", [None, 0.5])
@@ -56,6 +56,7 @@ def test_guesses_come_at_the_first_batch_that_allows_them(share):
 
     assert got.samples == next(t for t in ends if ready(t))
     assert not got.certain
+    assert made.decisions == {1: (got.samples, None, False)}
     assert made.decide(plan(1), 20 / N).certain  # without
 
 
