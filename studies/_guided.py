@@ -284,7 +284,7 @@ def _measured(subject: Subject, place: Place, table: Profile, adapted: Plan) -> 
     bench = subject.bench(place.target)
     if not adapted.sites:
         return 0.0
-    if bench._whole is None:
-        bench.everywhere(bench.target.adapt(everywhere(table, place.techniques[-1]), bench.net.record))
+    if bench._graphs is None:
+        bench.everywhere([bench.target.adapt(everywhere(table, place.techniques[-1]), bench.net.record)])
     plain, timing = bench.times([Plan(), adapted])
     return 1.0 - timing.ms / plain.ms

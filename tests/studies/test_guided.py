@@ -121,3 +121,15 @@ def test_spread_leaves_out_what_is_not_there():
     assert command.spread([0.1, 0.3, None, float("nan")], percent=True, digits=1) == "20.0 ± 14.1"
     assert command.spread([]) == "-"
     assert command.spread([1.0]) == "1.00"
+
+
+def test_a_measured_target_times_the_chosen_file(subject):
+    place = guided.Place("measured int8", bs.targets.OnnxRuntime(threads=1), (INT8,))
+    table = guided.costs(subject, place.target, place.techniques)
+    bench = subject.bench(place.target)
+    plan = bench.adapted(guided.everywhere(table, INT8))
+    assert plan.sites
+    plain, timing = bench.times([bs.Plan(), plan])
+    assert guided._measured(subject, place, table, plan) == pytest.approx(1 - timing.ms / plain.ms)
+    assert guided._measured(subject, place, table, bs.Plan()) == 0.0
+    assert guided._measured(subject, PLACE, table, plan) is None
