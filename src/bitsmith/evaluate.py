@@ -231,7 +231,7 @@ class DecisionsAhead:
             found = bench.store.get("accuracy", bench.score_key(plan, "validation"))
             return [] if found is None else None
         known = gradual._known(plan)
-        return None if gradual.known_enough(known, limit, chance) else known.tolist()
+        return known.tolist() if gradual.answer(known, limit, chance) is None else None
 
     def _send(self, plan: Plan, limit: float, chance: float, known: list[float]) -> Future[Any] | None:
         gradual, bench = self.gradual, self.gradual.bench

@@ -166,43 +166,26 @@ class Gradual:
         scores, seen = self._known(plan), 0
         with ExitStack() as stack:
             scorer: Callable[[Any], Any] | None = None
-            while True:
-                seen = self._after(seen)
-                if seen > len(scores):
-                    scorer = scorer or stack.enter_context(self._scorer(plan))
-                    scores = self._more(plan, scores, scorer)
-                if not self._bounded(scores[:seen]):
-                    return self.decide(plan, limit)
-                found = self._judged(scores[:seen], limit, chance)
+            while self._bounded(scores):
+                found = self.answer(scores, limit, chance, seen)
                 if found is not None:
                     return found
+                seen = len(scores)
+                scorer = scorer or stack.enter_context(self._scorer(plan))
+                scores = self._more(plan, scores, scorer)
+        return self.decide(plan, limit)
 
-    def known_enough(self, scores: Scores, limit: float, chance: float) -> bool:
-        """Whether :meth:`decide` would need no more than these scores of a plan, in random order."""
-        seen = 0
-        while (seen := self._after(seen)) <= len(scores):
-            if self._judged(scores[:seen], limit, chance) is not None:
-                return True
-        return False
-
-    def _after(self, seen: int) -> int:
-        """How many samples are known after one batch more."""
+    def answer(self, scores: Scores, limit: float, chance: float, after: int = 0) -> Partial | None:
+        """What the first batches of these scores (in random order) say that decide, for certain or as likely as
+        ``chance`` asks; None: more are needed. ``after``: so many samples do not."""
         assert self._source is not None
-        return min(seen + self._source.chunk, self._total + (seen == self._total))
-
-    def _judged(self, scores: Scores, limit: float, chance: float) -> Partial | None:
-        """What these say for certain, or as likely as ``chance`` asks; None: more are needed."""
-        found = self._partial(scores, limit)
-        if found.within is not None or not chance:
-            return found if found.within is not None else None
-        assert self._source is not None
-        worse = self._worse(scores, self.reference.scores[self._source.order[: len(scores)]])
-        assert self._bounds is not None
-        width = self._bounds[1] - self._bounds[0]
-        likely = sequential.chance(worse, self._total, limit, -width, width)
-        if chance <= likely <= 1 - chance:
-            return None
-        return self._partial(scores, limit, guess=likely >= 0.5)
+        chunk = self._source.chunk
+        for seen in (*range(chunk, self._total, chunk), self._total):
+            if after < seen <= len(scores):
+                found = self._partial(scores[:seen], limit, chance)
+                if found.within is not None:
+                    return found
+        return None
 
     def whole(self, plan: Plan) -> Score:
         """The score of the whole set."""
@@ -257,19 +240,19 @@ class Gradual:
         found: NDArray[np.float64] = sign * (reference.astype(np.float64) - scores)
         return found
 
-    def _partial(self, scores: Scores, limit: float, guess: bool | None = None) -> Partial:
+    def _partial(self, scores: Scores, limit: float, chance: float) -> Partial:
         assert self._source is not None
         assert self._bounds is not None  # else the whole set is seen
         reference = self.reference.scores[self._source.order[: len(scores)]]
         worse, width = self._worse(scores, reference), self._bounds[1] - self._bounds[0]
-        alpha = 1 - self.certainty.level
-        mean = float(worse.mean()) if len(worse) else 0.0
-        if guess is not None:
-            ends = sequential.interval(worse, self._total, -width, width, alpha)
-            return Partial(scores, self._total, guess, False, mean, ends)
-        within = sequential.decide(worse, self._total, limit, -width, width, alpha) if len(worse) else None
-        ends = (-width, width) if within is None else sequential.interval(worse, self._total, -width, width, alpha)
-        return Partial(scores, self._total, within, within is not None, mean, ends)
+        within = sequential.decide(worse, self._total, limit, -width, width, 1 - self.certainty.level)
+        certain, ends = within is not None, (-width, width)
+        if within is None and chance:
+            likely = sequential.chance(worse, self._total, limit, -width, width)
+            within = None if chance <= likely <= 1 - chance else likely >= 0.5
+        if within is not None:
+            ends = sequential.interval(worse, self._total, -width, width, 1 - self.certainty.level)
+        return Partial(scores, self._total, within, certain, float(worse.mean()), ends)
 
     @contextmanager
     def _scorer(self, plan: Plan) -> Iterator[Callable[[Any], Any]]:

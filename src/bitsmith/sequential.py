@@ -34,6 +34,8 @@ _BLOCK = 4096
 """Samples bet on at a time: bounds the memory, and a test decided early never looks at the rest."""
 
 _PRIOR = 4
+"""Samples that a guess adds to the seen."""
+
 _ROUNDING = 1e-12
 """A mean is known up to that, times the greatest magnitude that a difference may have where this is over 1."""
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -19,23 +16,12 @@ from bitsmith.search.base import Staged
 from bitsmith.search.ladder import bisect, climb, descend
 from bitsmith.search.trials import Trials
 from bitsmith.searches import Exact
-from bitsmith.site import Record, Site
-from bitsmith.technique import Cell, Technique
+from repository import load
 
 TOTAL = 400
 
 
-@dataclass(frozen=True)
-class Rung(Technique):
-    """A technique that only has a number; 0 is float."""
-
-    number: int
-
-    def fits(self, site: Site) -> bool:
-        return True
-
-    def build(self, site: Site, record: Record, rng: torch.Generator) -> Cell:
-        raise NotImplementedError
+Rung = load("benchmarks.known_ladder").Rung
 
 
 def rungs(count: int, losses: list[float] | None = None) -> list[Point]:
@@ -325,11 +311,11 @@ def test_passes_are_kept_as_far_as_that_can_be_helped(
 
 
 def test_passes_are_kept_where_every_decision_takes_the_whole_set() -> None:
-    """The far end fails at once, the next by one sample; the one after that keeps it, and so would others behind."""
-    samples, points = Samples([0] + [20] * 14 + [21] * 5 + [60], certain=True), rungs(21)
+    """The far end fails at once and the 15th rung keeps it after one set; those between miss it by one sample."""
+    samples, points = Samples([0] + [20] * 15 + [21] * 4 + [60], certain=True), rungs(21)
     result = climbed(samples, points, 20 / TOTAL, passes=3.0, chance=0.0)
-    assert number(result.best) == samples.decided()[2] == 11
-    assert needed(samples) < 3.0
+    assert number(result.best) == 15
+    assert needed(samples) < 2.0
     assert samples.total / TOTAL <= 3.0 + 1.0
 
 

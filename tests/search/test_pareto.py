@@ -15,13 +15,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,29 +32,12 @@ from bitsmith.search.hypervolume import hypervolume, non_dominated
 from bitsmith.search.pareto import front
 from bitsmith.search.storage import StudyError
 from bitsmith.searches import Exact, Pareto, RandomPlans
-from bitsmith.site import Record, Site
-from bitsmith.technique import Cell, Technique
+from formulas import FLOAT, Bits
 
 optuna = pytest.importorskip("optuna", reason='needs Optuna: pip install "bitsmith[explore]"')
 
 MIB = 2**20
 ANY = Budget(drop=1e9)
-
-
-@dataclass(frozen=True)
-class Width(Technique):
-    """A technique that only has a name; 32 is float."""
-
-    bits_: int
-
-    def fits(self, site: Site) -> bool:
-        return True
-
-    def build(self, site: Site, record: Record, rng: torch.Generator) -> Cell:
-        raise NotImplementedError
-
-
-FLOAT = Width(32)
 
 
 def chain(sites: int, seed: int = 0) -> Profile:
@@ -68,7 +49,7 @@ def chain(sites: int, seed: int = 0) -> Profile:
         for bits, kind in ((32, "float"), (8, "u8"), (4, "u8")):
             loss = 0.0 if bits == 32 else rng.uniform(0.5, 2) * 2.0**-bits
             costs = (ms * (bits / 32) ** 0.5, size * bits / 32, ms * bits)
-            rows.append(Row(f"s{i:02}", Width(bits), loss, *costs, reads=(kind,), writes=kind))
+            rows.append(Row(f"s{i:02}", Bits(bits), loss, *costs, reads=(kind,), writes=kind))
         if i:
             for a, b in (("float", "u8"), ("u8", "float")):
                 edges.append(EdgeRow(f"s{i - 1:02}", f"s{i:02}", 0, a, b, 0.1))
@@ -101,7 +82,7 @@ class Bench:
     def truth(self, plan: Plan) -> tuple[float, float, float]:
         """Drop, ms, mib."""
         got = self.profile.predict(plan)
-        first = isinstance(plan["s00"], Width) and plan["s00"].bits_ == 4
+        first = isinstance(plan["s00"], Bits) and plan["s00"].bits_ == 4
         return got["loss"] * (3.0 if first else 1.0), got["ms"], round(got["bytes"]) / MIB
 
     def __call__(self, plan: Plan) -> Evaluation:
@@ -203,7 +184,7 @@ def test_guided_plans_are_parents_of_what_is_tried_next() -> None:
     # children of two parents and a mutation; plans drawn at random are further off: 12 sites of 3 techniques each
     assert np.mean([away(plan) for plan in sought]) < 4.0
     drawn = random.Random(0)
-    loose = [Plan({s: Width(drawn.choice((4, 8, 32))) for s in guided[0]}) for _ in range(24)]
+    loose = [Plan({s: Bits(drawn.choice((4, 8, 32))) for s in guided[0]}) for _ in range(24)]
     assert np.mean([away(plan) for plan in loose]) > 4.5
 
 
@@ -342,6 +323,22 @@ def test_one_process_is_killed_two_share_the_rest_and_it_equals_one_alone(folder
     # both worked; an idle one may repeat what the other has begun, and all the rest is measured once
     assert min(len(one), len(other)) > 2
     assert len({*one, *other}) == 13 <= len(one) + len(other) <= 18
+
+
+def test_a_trial_that_another_process_ended_meanwhile_is_left_to_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the last look at a trial and its end: then optuna refuses to end it again."""
+    profile, ended = chain(6), optuna.study.Study.tell
+
+    def twice(*given: Any, **named: Any) -> Any:
+        ended(*given, **named)
+        return ended(*given, **named)
+
+    alone = search(profile, ANY, method=Pareto(trials=8), evaluate=Bench(profile))
+    monkeypatch.setattr(optuna.study.Study, "tell", twice)
+    method = Pareto(trials=8, storage=folder / "study.db")
+    assert plans(search(profile, ANY, method=method, evaluate=Bench(profile))) == plans(alone)
 
 
 def test_an_interrupt_carries_the_best_so_far_and_the_study_stays(folder: Path) -> None:

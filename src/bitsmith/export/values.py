@@ -37,7 +37,8 @@ def changed_values(
     """
     found: list[dict[str, Tensor]] = [{} for _ in fulls]
     shipped: set[str] = set()
-    for name, technique in plan.sites.items():
+    integer = {name: technique for name, technique in plan.sites.items() if isinstance(technique, Int)}
+    for name, technique in integer.items():
         index = next((k for k, (_, full) in enumerate(fulls) if same_technique(technique, full.get(name))), None)
         if index is None:
             return None
@@ -52,18 +53,17 @@ def changed_values(
                 found[index][key] = value
             elif not torch.equal(value, theirs[key]):
                 return None
-        if isinstance(technique, Int):
-            shipped |= _shipped(record.sites[name], any(key.removeprefix(prefix).startswith("bias_") for key in mine))
+        shipped |= _shipped(record.sites[name], any(key.removeprefix(prefix).startswith("bias_") for key in mine))
     tensors = f"{CHILD}.tensors."
     for key, value in prepared.items():
-        known = [state[key] for state, _ in fulls if key in state] if key.startswith(tensors) else []
+        known = (state[key] for state, _ in fulls if key in state)
         if key.startswith(tensors) and not any(torch.equal(value, other) for other in known):
             return None
     readers = _readers(record)
     for key, value in prepared.items():
         if key.startswith(f"{CHILD}.") or (key in base and torch.equal(value, base[key])):
             continue
-        if key not in shipped or not readers.get(key, set()) <= plan.sites.keys():
+        if key not in shipped or not readers.get(key, set()) <= integer.keys():
             return None
     return found
 

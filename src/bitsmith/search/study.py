@@ -125,7 +125,7 @@ class Ledger:
                 twice = row is not None and min(row.begun) < trial.number and not trial.user_attrs["again"]
                 if row is None or row.evaluation is not None or row.choice != choice or twice:
                     # another process was faster
-                    self._study.tell(trial, state=require().trial.TrialState.FAIL)
+                    self._study.tell(trial, state=require().trial.TrialState.FAIL, skip_if_finished=True)
                     continue
             point = self._tried(choice)
             if point is None:
@@ -160,13 +160,13 @@ class Ledger:
         ended = require().exceptions.UpdateFinishedTrialError
         with explained(self._where, _KEPT), contextlib.suppress(ended):
             if self.known()[index].evaluation is not None:
-                self._study.tell(trial, state=require().trial.TrialState.FAIL)
+                self._study.tell(trial, state=require().trial.TrialState.FAIL, skip_if_finished=True)
                 return
             self._own[index] = point.evaluation
             values, excesses = self._judge(point)
             trial.set_user_attr("constraints", list(excesses))
             trial.set_user_attr("evaluation", _encoded(point.evaluation))
-            self._study.tell(trial, list(values))
+            self._study.tell(trial, list(values), skip_if_finished=True)
 
 
 @contextmanager
