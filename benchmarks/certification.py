@@ -204,6 +204,7 @@ class Tally:
     within: list[bool]
     errors: list[bool]
     early_errors: list[bool]
+    certain: list[bool]
     covered: list[bool]
     naive: list[bool]
     slack: list[float]
@@ -214,13 +215,16 @@ class Tally:
 
 def simulated(setting: Setting, searches: int, seed: Sequence[int]) -> Tally:
     """So many searches of a setting, each with an evaluation set of its own."""
-    tally = Tally([], [], [], [], [], [], [], [], [])
+    tally = Tally(*([] for _ in dataclasses.fields(Tally)))
     worse, better = setting.ladder()
     for number in range(searches):
         samples = drawn(setting, np.random.default_rng([*seed, number]))
         search, control = (searched(setting, samples, early) for early in (True, False))
         tally.errors += [said is (not truth) for _, said, truth in search.decisions]
         tally.early_errors += [said is (not truth) for t, said, truth in search.decisions if t < setting.n]
+        tally.certain += [
+            said is not truth for t, said, truth in search.decisions if t < setting.n and said is not None
+        ]
         tally.same.append(search.chosen == control.chosen)
         tally.used.append(search.used / setting.n)
         tally.control.append(control.used / setting.n)
@@ -238,6 +242,7 @@ def simulated(setting: Setting, searches: int, seed: Sequence[int]) -> Tally:
 SHARES = {
     "within": "declared plan within the budget on the set",
     "early_errors": "early decisions that are wrong",
+    "certain": "the same of those that were certain, guesses left out",
     "errors": "all decisions that are wrong",
     "covered": "bound at alpha / K holds in the population",
     "naive": "control: bound at alpha, selection ignored",

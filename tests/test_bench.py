@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import shutil
 import sys
@@ -16,6 +17,7 @@ from torch import nn
 
 import bitsmith as bs
 from bitsmith.bench import Bench
+from bitsmith.profile import measure
 from bitsmith.testing import MockTarget
 from smallnet import Batch, Small, batches, small, task
 
@@ -267,3 +269,17 @@ def test_computed_times_take_no_file() -> None:
     corrected, smoothed = (plan.replace(prepare=(s,)) for s in (bs.CorrectBias(), bs.SmoothQuant(0.5, multiply=True)))
     assert bench.size(corrected) == bench.size(plan)
     assert bench.size(smoothed) == bench.artifact(smoothed).bytes
+
+
+def test_statistics_are_collected_once_for_choices_sensitivities_and_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every pass over the calibration data makes one copy of the network."""
+    calibrating = importlib.import_module("bitsmith.model.calibrate")
+    passes, plain = [], calibrating.duplicate
+    monkeypatch.setattr(calibrating, "duplicate", lambda model: passes.append(1) or plain(model))
+    target = bs.targets.Roofline(float32=50.0, int8=200.0, bandwidth_gb_s=20.0)
+    bench = Bench.open(small(), task(), target, store=None)
+    profile = measure(bench, [bs.Int(8, 8)])
+    plan = bench.adapted(bs.Plan({site: bs.Int(8, 8) for site in profile.options()}))
+    bench.simulate(plan)
+    # all tensors once; the input's methods ask for what is known by then
+    assert len(passes) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import bitsmith as bs
+from bitsmith.model.apply import prepared
 from bitsmith.model.network import network
+from bitsmith.prepare._layers import watched
 from bitsmith.prepare.correct_bias import CorrectBias
 from smallnet import batches, small
 
@@ -215,3 +218,48 @@ def test_means_that_mislead_are_not_applied() -> None:
     # the same layer without padding is corrected
     alone = [((x[:, :1], mask[:, :1]), torch.zeros(64))]
     assert not torch.equal(corrected(model, plan, alone).one.bias, model.one.bias)  # type: ignore[union-attr,arg-type]
+
+
+# -- the float network -----------------------------------------------------------------------------------------------
+
+
+def biases(net: Any, plan: bs.Plan, data: Any) -> dict[str, Tensor]:
+    return prepared(net, plan.replace(prepare=(CorrectBias(),)), data).model.state_dict()
+
+
+@pytest.mark.parametrize("kept", [2**27, 0])
+def test_the_float_network_is_computed_once_for_all_plans(monkeypatch: pytest.MonkeyPatch, kept: int) -> None:
+    """Unless that is too large to keep: then anew, with the same outcome."""
+    data, plans = batches(4, seed=2), [bs.Plan({"left": LOW}), bs.Plan(dict.fromkeys(("stem", "right", "head"), LOW))]
+    alone = [biases(network(small(), data[0][0]), plan, data) for plan in plans]
+    calls: list[int] = []
+
+    def counted(net: Any, names: Any, see: Any) -> nn.Module:
+        replica = watched(net, names, see)
+        replica.register_forward_hook(lambda *_: calls.append(1))
+        return replica
+
+    monkeypatch.setattr("bitsmith.prepare._floats.watched", counted)
+    monkeypatch.setattr("bitsmith.prepare._floats._KEPT", kept)
+    net = network(small(), data[0][0])
+    for plan, wanted in zip(plans, alone, strict=True):
+        got = biases(net, plan, data)
+        assert all(torch.equal(got[key], wanted[key]) for key in wanted)
+    # for each plan all 4 batches, and for the comparison the 64 samples in them
+    assert len(calls) == (len(data) if kept else 2 * (4 + 4))
+
+
+def test_other_inputs_and_weights_are_not_taken_for_those_before() -> None:
+    plan, first, other = bs.Plan({"left": LOW, "head": LOW}), batches(4, seed=2), batches(4, seed=7)
+    net = network(small(), first[0][0])
+    biases(net, plan, first)
+    fresh = biases(network(small(), first[0][0]), plan, other)
+    got = biases(net, plan, other)
+    assert all(torch.equal(got[key], fresh[key]) for key in fresh)
+    model = small()
+    with torch.no_grad():
+        model.stem.weight.mul_(1.5)
+    changed = dataclasses.replace(network(model, first[0][0]), memo=net.memo)
+    fresh = biases(network(model, first[0][0]), plan, first)
+    got = biases(changed, plan, first)
+    assert all(torch.equal(got[key], fresh[key]) for key in fresh)
