@@ -18,7 +18,7 @@ ROOT = Path(bitsmith.__file__).parent
 # From the ground up. A module imports from its own floor and those below it, never from above.
 # docs/architecture.md repeats this list.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("_files", "_hash", "_lazy", "progress", "operations", "site"),
+    ("_files", "_hash", "_lazy", "_memory", "progress", "operations", "site"),
     ("technique", "data", "metrics", "compare", "sequential"),
     ("plan", "task", "store", "numerics", "sampling"),
     ("model",),

@@ -19,6 +19,7 @@ from torch import nn
 
 from ._files import check_writable
 from ._hash import hash_files, hash_function, hash_json, hash_source, hash_state, technique_key
+from ._memory import give_back, keep_freed
 from .chosen import ChosenRanges
 from .compare import Score
 from .data import digest, first_inputs
@@ -81,7 +82,11 @@ class Bench:
         seed: int = 0,
         progress: Progress | None = None,
     ) -> Bench:
-        """Record the model on its first calibration inputs. ``folder``: of the artifacts; None: a temporary one."""
+        """Record the model on its first calibration inputs. ``folder``: of the artifacts; None: a temporary one.
+
+        From then on the process keeps memory that is freed; what is free when the bench goes is given back.
+        """
+        keep_freed()
         net = network(duplicate(model), first_inputs(task.calibration), forward=task.forward, names=names)
         warn_unreached(net)
         opened = store if isinstance(store, Store) else Store(store)
@@ -91,6 +96,7 @@ class Bench:
             weakref.finalize(bench, shutil.rmtree, root, ignore_errors=True)
         if opened is not store:
             weakref.finalize(bench, opened.close)
+        weakref.finalize(bench, give_back)
         return bench
 
     # -- keys ----------------------------------------------------------------------------------------------------
@@ -238,11 +244,17 @@ class Bench:
 
     def everywhere(self, plans: Sequence[Plan]) -> None:
         """Export each of these adapted plans once, when first needed: files whose sites are all computed as in one of
-        them then come in milliseconds."""
+        them, or in float, then come in milliseconds."""
         if type(self.target).write is not Target.write:
             from .export.graphs import Graphs
 
-            self._graphs = Graphs(plans, self.simulate, self.example, self.batch)
+            known, self._graphs = self._graphs, Graphs(plans, self.simulate, self.example, self.batch)
+            if known is not None:
+                self._graphs.take(known)
+
+    def derives(self, plan: Plan) -> bool:
+        """Whether the file of a plan whose sites are among :meth:`everywhere`'s comes in milliseconds."""
+        return self._graphs is not None and not without_values(plan).prepare
 
     def _derived(self, plan: Plan, path: Path) -> Artifact | None:
         found = None if self._graphs is None else self._graphs.derived(plan, self.net.record)

@@ -75,6 +75,22 @@ def made() -> Made:
     return Made(Net())
 
 
+def test_the_float_file_needs_no_plan_and_its_export_serves_the_next(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Graphs([], made.simulate, made.data[0][0], 2)
+    found = first.derived(Plan(), made.net.record)
+    assert found is not None
+    assert found[0].SerializeToString() == made.exported(Plan())
+    assert set(found[1]) == set(made.net.record.sites)
+    made.graphs.take(first)
+    real, asked = made.simulate, list[Plan]()
+    monkeypatch.setattr(made.graphs, "simulate", lambda plan: (asked.append(plan), real(plan))[1])
+    part = Plan(dict(list(made.whole[0].sites.items())[:1]))
+    assert made.graphs.derived(part, made.net.record) is not None
+    assert asked == [made.whole[0]]
+
+
 def mixture(made: Made) -> Plan:
     wide, narrow = made.whole
     return Plan({name: narrow[name] if name == "wide" else t for name, t in wide.sites.items() if name != "conv"})

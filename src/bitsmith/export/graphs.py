@@ -12,7 +12,7 @@ from ..plan import Plan
 from ..site import Record
 from .derive import derive, parts
 from .names import site_names
-from .onnx import default_opset, raw_onnx
+from .onnx import clean, default_opset, raw_onnx
 from .program import exported_program, shipped, with_batch
 from .values import State, changed_values, with_values
 
@@ -42,12 +42,20 @@ class Graphs:
         self._wholes: dict[str, _Whole] = {}
         self._graphs: dict[tuple[str, int], onnx.ModelProto] = {}
 
+    def take(self, other: Graphs) -> None:
+        """What another one, of the same network and example, has exported."""
+        self._wholes |= other._wholes
+        self._graphs |= other._graphs
+
     def derived(self, plan: Plan, record: Record) -> tuple[onnx.ModelProto, list[str]] | None:
         """The graph of an adapted plan and the names of all sites; None where it has to be exported.
 
         The network is simulated once for a plan with steps: where these changed weights' integers and biases only, its
         graph is that of the plan without them, with these values.
         """
+        if plan.empty:
+            whole = self._whole(Plan())
+            return clean(self._graph(Plan(), default_opset(whole.program))), whole.names
         bare = plan.replace(prepare=())
         needed = parts(bare, self.plans, record)
         if needed is None:
