@@ -281,7 +281,9 @@ def test_mock_target_end_to_end(noise: float, allowed: float, monkeypatch: pytes
     target = MockTarget(noise=noise)
     bench = opened(target)
     profile = measure(bench, [INT], no_losses)
-    assert target.calls["export"] == 14, "the float plan, the one technique everywhere, and the fewest mixed ones"
+    assert target.calls["export"] == 2 + costs._FEWEST, (
+        "the float plan, the one technique everywhere, and the fewest mixed ones"
+    )
     assert statistics.median(relative_errors(bench, profile, seed=77)) < allowed
     assert float(profile.notes["fit error"]) < max(3 * noise, 0.02)
 
@@ -303,7 +305,7 @@ def test_a_resumed_run_takes_the_same_probes_and_times_nothing_again(
     profile = measure(opened(target, store=tmp_path / "store.db"), [INT], no_losses)
     assert target.calls["measure"] == target.calls["site_times"] == 0
     assert target.calls["export"] == 1, "only the float file, whose size the profile states"
-    assert profile.notes["probes"] == "14"
+    assert profile.notes["probes"] == str(2 + costs._FEWEST)
 
 
 def test_parts_of_large_files_are_timed_apart_and_brought_to_one_level(monkeypatch: pytest.MonkeyPatch) -> None:

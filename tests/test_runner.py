@@ -331,6 +331,49 @@ def test_a_prepared_plan_is_exported_where_that_pays(
         assert (found is not None) is taken
 
 
+def test_a_prepared_plan_whose_file_is_derived_is_run_untimed(model: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = opened(model)
+    bench.everywhere([bench.adapted(SOME)])
+    gradual = Gradual(bench)
+    monkeypatch.setattr("bitsmith.runner._faster", lambda *_: "runtime")
+    assert gradual.runner is not None
+    monkeypatch.setattr("bitsmith.runner._seconds", None)
+    assert gradual.runs(PREPARED) is gradual.runner
+    smoothed = SOME.replace(prepare=(bs.SmoothQuant(0.5, multiply=True),))  # brings in operations: an export of its own
+    with pytest.raises(TypeError):
+        gradual.runs(smoothed)
+
+
+@pytest.mark.usefixtures("always")
+def test_the_float_network_is_run_where_its_file_computes_what_it_does(
+    model: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scores are those of the model; a file that computes otherwise, as in bfloat16, is not asked."""
+    bench = opened(model)
+    gradual = Gradual(bench)
+    assert gradual.runner is not None
+    assert gradual.runner.exact
+    run = gradual.plain("validation")
+    stored = bench.store.misses
+    assert run.scores.tolist() == bench.score(None).scores.tolist()
+    assert bench.store.misses == stored + 1, "two figures, each under a key of its own"
+    assert gradual.reference.scores.tolist() == run.scores.tolist()
+    assert Evaluator(bench).score(bs.Plan(), "validation").scores.tolist() == run.scores.tolist()
+
+    plain = OnnxRuntime.opened
+
+    def rounded(target: OnnxRuntime, artifact: Any) -> Callable[..., Any]:
+        outputs = plain(target, artifact)
+        return lambda inputs: [torch.from_numpy(x).bfloat16().float().numpy() for x in outputs(inputs)]
+
+    monkeypatch.setattr(OnnxRuntime, "opened", rounded)
+    other = Gradual(opened(model))
+    assert other.runner is not None
+    assert not other.runner.exact
+    monkeypatch.setattr(Gradual, "on", None)
+    assert other.reference.scores.tolist() == run.scores.tolist()
+
+
 def test_costs_of_a_prepared_plan_take_no_export_of_its_own(model: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = opened(model)
     steps = (bs.CorrectBias(),)

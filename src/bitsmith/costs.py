@@ -35,9 +35,15 @@ FLOAT = "float"
 _GOLDEN = 5**0.5 / 2 - 0.5
 """Multiples of it, modulo 1, are evenly spread however many are taken."""
 
-_MIXED, _FEWEST = 32, 12
-_EXPORT_S, _TIMING_S = 60.0, 40.0
+_MIXED, _FEWEST = 32, 8
+_PROBED_BYTES = 96 * 2**20
+"""For each technique as many mixed probes as have so many bytes of float weights together, within these bounds: on four
+networks and two runtimes 8 foretold 16 other plans to 0.7 to 2.5 % (median), 32 to 0.5 to 2.5 %, and best on the
+smallest network."""
+_EXPORT_S, _TIMING_S = 60.0, 2.0
 """Beyond ``_FEWEST`` mixed probes are exported for so long; rounds of timing take about so long on a quiet machine."""
+_PROFILED, _PROFILE_ROUNDS = 1, 20
+"""So many of the mixed probes are profiled, in so many rounds; more foretold no better."""
 
 _CALM = 1.05
 """On a quiet machine the median of the rounds lies above their lower quartile by less than that."""
@@ -129,18 +135,20 @@ def everywhere(options: Mapping[str, Sequence[Option]]) -> list[Plan]:
     ]
 
 
-def learn(bench: Bench, options: Mapping[str, Sequence[Option]], edges: Sequence[Edge], mixed: int = _MIXED) -> Costs:
+def learn(bench: Bench, options: Mapping[str, Sequence[Option]], edges: Sequence[Edge]) -> Costs:
     """Time and profile probe plans on a measured target, and fit the table."""
     record = bench.net.record
+    whole = everywhere(options)
+    mixed = min(max(_PROBED_BYTES // max(1, _float_bytes(bench)), _FEWEST) * max(1, len(whole)), _MIXED)
     asked = probe_plans(options, mixed, bench.seed)
     plans = [bench.adapted(plan) for plan in asked]
-    bench.everywhere([bench.adapted(plan) for plan in everywhere(options)])
+    bench.everywhere([bench.adapted(plan) for plan in whole])
     plans = _exported(bench, plans, len(plans) - mixed + _FEWEST)
-    profiled = len(asked) - mixed + 4
+    profiled = len(asked) - mixed + _PROFILED
     bench.progress.start(f"profiling and timing {len(plans)} probe plans on {bench.target.name}", profiled + 1)
     profiles = []
     for plan in plans[:profiled]:
-        profiles.append(bench.site_times(plan))
+        profiles.append(bench.site_times(plan, _PROFILE_ROUNDS))
         bench.progress.advance()
     wholes = _wholes(bench, plans, profiles[0].whole)
     bench.progress.advance()
@@ -175,8 +183,7 @@ def _wholes(bench: Bench, plans: Sequence[Plan], float_ms: float) -> list[float]
     above that other work must have put them there.
     """
     rounds = max(10, min(60, int(_TIMING_S * 1e3 / (2 * float_ms * len(plans)))))
-    size = sum(tensor.nbytes for tensor in bench.model.state_dict().values())
-    step = max(1, _OPEN_BYTES // max(1, size))
+    step = max(1, _OPEN_BYTES // max(1, _float_bytes(bench)))
     ratios, levels = [1.0], []
     for first in range(1, len(plans), step):
         timings = bench.times([plans[0], *plans[first : first + step]], rounds)
@@ -185,6 +192,10 @@ def _wholes(bench: Bench, plans: Sequence[Plan], float_ms: float) -> list[float]
         above = (t.ms / ms for t, ms in zip(timings, [reference, *others], strict=True))
         levels.append(reference * min(statistics.median(above), _CALM))
     return [statistics.median(levels) * ratio for ratio in ratios]
+
+
+def _float_bytes(bench: Bench) -> int:
+    return sum(tensor.nbytes for tensor in bench.model.state_dict().values())
 
 
 def fit(

@@ -15,6 +15,7 @@ from torch import nn
 
 from .bench import Bench, without_values
 from .compare import Score, drop
+from .data import batch_size
 from .gradual import CERTAINTY, Certainty, Gradual
 from .model.formats import place
 from .plan import Plan
@@ -26,6 +27,10 @@ from .task import Split, Task
 from .technique import Step
 from .techniques.float_ import Float
 from .workers import Crew, Lost, Recipe, decide_remotely, keep_scores, recipe_of
+
+_ROUNDS, _MOST_ROUNDS = 20, 60
+_TIMED_MACS = 6e9
+"""A plan is timed in as many rounds as compute so much together, within these bounds."""
 
 
 def evaluator(
@@ -96,7 +101,7 @@ class Evaluator:
         timed = without_values(adapted)
         if self._decisions is not None:
             self._decisions.quiet()
-        plain, timing = bench.times([Plan(), timed])
+        plain, timing = bench.times([Plan(), timed], self._rounds)
         has_energy = bench.target.energy(bench.artifact(Plan())) is not None
         return Evaluation(
             plan=adapted,
@@ -107,6 +112,13 @@ class Evaluator:
             float_ms=plain.ms,
             source=bench.target.source,
         )
+
+    @property
+    def _rounds(self) -> int:
+        bench = self.bench
+        factor = bench.batch / batch_size(bench.net.example)
+        macs = factor * sum(site.macs for site in bench.net.record.sites.values())
+        return min(max(int(_TIMED_MACS / max(macs, 1.0)), _ROUNDS), _MOST_ROUNDS)
 
     def decide(self, plan: Plan, limit: float, chance: float = 0.0) -> Evaluation:
         """Whether the drop is within ``limit``, on as many samples as that takes (see :class:`Staged`)."""
@@ -135,7 +147,7 @@ class Evaluator:
     def score(self, plan: Plan, split: Split) -> Score:
         """The metric of an adapted plan, as evaluations measure it: on the runtime where they run there."""
         if plan.empty:
-            return self.bench.score(None, split)
+            return self.gradual.plain(split)
         return self.gradual.whole(plan) if split == "validation" else self.gradual.on(plan, split)
 
     def bound(self, plan: Plan, candidates: int) -> float | None:

@@ -102,7 +102,7 @@ class Gradual:
     def reference(self) -> Score:
         """The float network's score of the whole set."""
         if self._reference is None:
-            self._reference = self.bench.score(None)
+            self._reference = self.plain("validation")
             bounds = self.bench.task.scored_by.bounds if self.bench.task.metric is not None else None
             scores = self._reference.scores
             if bounds is None and len(scores) and bool(((scores == 0) | (scores == 1)).all()):
@@ -210,6 +210,11 @@ class Gradual:
         return Score.from_json(
             self.bench.store.get_or("accuracy", key, lambda: score(model, self.bench.task, split).to_json())
         )
+
+    def plain(self, split: Split) -> Score:
+        """The float network's score of a whole split, on the runtime if its file computes what the model does."""
+        runs = self.certainty.early and self.runner is not None and self.runner.exact
+        return self.on(Plan(), split) if runs else self.bench.score(None, split)
 
     def bound(self, plan: Plan, candidates: int) -> float | None:
         """What the population's drop stays below, at the level that was asked, the plan being one of so many."""

@@ -34,7 +34,7 @@ class Exact(Search):
     """
 
     points: int = 24
-    margin: float = 0.1
+    margin: float = 0.05
     max_evaluations: int = 12
     chance: float = 0.1
     passes: float = 2.0
