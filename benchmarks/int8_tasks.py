@@ -40,7 +40,7 @@ NETWORKS: Mapping[str, Network] = {
     "mobilenet_v1": Network(
         lambda root, _: pretrained_mobilenet_v1(root),
         # the activations of 32 pictures leave the caches
-        lambda root: tasks.mobilenet_v1_task(root, calibration=128, batch=8, tell=_quiet),
+        lambda root: tasks.mobilenet_v1_task(root, calibration=128, batch=16, tell=_quiet),
     ),
     "ds_cnn": Network(
         lambda root, _: pretrained_ds_cnn(root),

@@ -11,7 +11,7 @@ from pathlib import Path
 import bitsmith as bs
 from bitsmith.bench import Bench, suffix
 from bitsmith.evaluate import Evaluator
-from bitsmith.optimize import STEPS
+from bitsmith.optimize import steps_for
 from bitsmith.profile import Profile, measure
 from bitsmith.search import BudgetError, Result, search
 from bitsmith.targets.base import Target
@@ -47,10 +47,9 @@ def optimized(cell: Cell, data: Halves, runtime: str, threads: int, folder: Path
     target = target_of(runtime, threads)
     start = time.perf_counter()
     bench = Bench.open(data.model, data.task, target, folder=folder)
-    bench.score(None)  # the float pass counts for nobody
     profiled = measure(bench, SPACES[cell.space])
     profiling = time.perf_counter() - start
-    evaluate = Evaluator(bench, STEPS)
+    evaluate = Evaluator(bench, steps_for(bench))
     met = True
     try:
         result = search(profiled, bs.Budget(drop=cell.budget), evaluate=evaluate)
@@ -77,7 +76,7 @@ def everywhere(cell: Cell, bench: Bench, folder: Path) -> Found:
         for name, site in bench.net.record.sites.items()
         if site.role == "integer" and technique.fits(site) and target.supports(technique, site)
     }
-    plan = bench.adapted(bs.Plan(sites)).replace(prepare=STEPS)  # what every plan of ours has
+    plan = bench.adapted(bs.Plan(sites)).replace(prepare=steps_for(bench))  # what every plan of ours has
     return _found(bench, plan, None, folder / f"everywhere{suffix(target)}", None, True)
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from bitsmith._files import atomic_write
 from bitsmith.bench import Bench
 from bitsmith.evaluate import Evaluator
-from bitsmith.optimize import STEPS
+from bitsmith.optimize import steps_for
 from bitsmith.profile import measure
 from bitsmith.search.exact import _everywhere, _frontier
 from bitsmith.search.program import Program, additive
@@ -73,7 +73,7 @@ def known(cell: Cell, root: Path, folder: Path, threads: int) -> Known:
         program = Program(additive(measure(bench, SPACES[cell.space])))
         last = _everywhere(program, "ms")
         points = [*_frontier(program, "ms", {}, RULE.points, None), *([last] if last is not None else [])]
-        evaluate, reference = Evaluator(bench, STEPS), bench.score(None)
+        evaluate, reference = Evaluator(bench, steps_for(bench)), bench.score(None)
         plans = [evaluate.adapted(point.plan) for point in points]
         scores = [(reference if plan.empty else bench.score(plan)).scores.astype(float) for plan in plans]
         found = {

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import bitsmith as bs
-from bitsmith.chosen import ChosenRanges
+from bitsmith.chosen import _SAMPLES, ChosenRanges
 from bitsmith.model.formats import place
 from bitsmith.model.network import Network, network
 from bitsmith.prepare.ranges import choose_ranges
@@ -91,7 +91,9 @@ def picked(net: Network) -> Callable[[str, Technique], bs.Plan]:
     def plan(target: str, technique: Technique) -> bs.Plan:
         if (target, technique) not in known:
             everywhere = bs.Plan(dict.fromkeys(SITES, technique))
-            known[target, technique] = choose_ranges(net, TARGETS[target].adapt(everywhere, net.record), DATA)
+            known[target, technique] = choose_ranges(
+                net, TARGETS[target].adapt(everywhere, net.record), DATA, samples=_SAMPLES
+            )
         return known[target, technique]
 
     return plan
@@ -151,7 +153,7 @@ def _shared() -> Any:
         net = network(small(), DATA[0][0])
         plans = {
             (name, technique): choose_ranges(
-                net, target.adapt(bs.Plan(dict.fromkeys(SITES, technique)), net.record), DATA
+                net, target.adapt(bs.Plan(dict.fromkeys(SITES, technique)), net.record), DATA, samples=_SAMPLES
             )
             for name, target in TARGETS.items()
             for technique in TECHNIQUES
@@ -210,7 +212,7 @@ def test_output_formats_take_their_range_too(sites: tuple[str, ...]) -> None:
     data = [(x.pow(5), y) for x, y in DATA]
     net, target = network(model, data[0][0]), TARGETS["onnxruntime"]
     everywhere = target.adapt(bs.Plan(dict.fromkeys(("first", "last"), bs.Int(8, 8))), net.record)
-    expected = choose_ranges(net, everywhere, data)
+    expected = choose_ranges(net, everywhere, data, samples=_SAMPLES)
     wanted = expected["last"].out  # type: ignore[attr-defined]
     assert wanted.range != Range()
     adapted = target.adapt(bs.Plan(dict.fromkeys(sites, bs.Int(8, 8))), net.record)
@@ -258,7 +260,7 @@ def test_a_choice_is_made_once_and_kept(
 ) -> None:
     asked: list[bs.Plan] = []
 
-    def counted(net: Network, plan: bs.Plan, data: Any) -> bs.Plan:
+    def counted(net: Network, plan: bs.Plan, data: Any, samples: int) -> bs.Plan:
         asked.append(plan)
         return picked(target, next(t for t in TECHNIQUES if t.granularity == plan["head"].granularity))  # type: ignore[attr-defined]
 

@@ -19,6 +19,8 @@ from .targets.base import Target
 from .technique import Technique
 
 _RANGES = ("range", "weight_range")
+_SAMPLES = 16
+"""So many calibration samples are forwarded for each candidate, at least one batch."""
 
 
 class ChosenRanges:
@@ -109,7 +111,7 @@ class ChosenRanges:
         if self.observed is not None:  # histograms and all: the passes of those who ask later are spared
             formats = [(t, dataclasses.replace(f, range=Range("mse"))) for t, f in place(adapted, record).tensors]
             net = self.observed(formats)
-        found = choose_ranges(net, adapted, self.calibration)
+        found = choose_ranges(net, adapted, self.calibration, samples=_SAMPLES)
         self.store.put("ranges chosen", key, found.to_json())
         return found
 

@@ -18,6 +18,7 @@ from torch import nn
 from ._files import check_writable
 from .bench import Bench, suffix
 from .compare import drop
+from .data import batch_size
 from .evaluate import Evaluator
 from .gradual import CERTAINTY, Certainty
 from .plan import Budget, Plan
@@ -37,8 +38,12 @@ from .technique import Step, Technique
 from .techniques.int_ import Int
 from .verify import Check, verify
 
-STEPS: tuple[Step, ...] = (CorrectBias(),)
-"""What ``optimize`` prepares plans with where it is not told."""
+
+def steps_for(bench: Bench) -> tuple[Step, ...]:
+    """What ``optimize`` prepares plans with where it is not told: biases corrected on four calibration batches, 64
+    to 256 samples. Small batches say that samples are dear.
+    """
+    return (CorrectBias(samples=min(max(4 * batch_size(bench.net.example), 64), 256)),)
 
 
 @dataclass(frozen=True)
@@ -78,12 +83,12 @@ def optimize(
 
     ``budget``: limits; if ``drop`` is the only one, ``ms`` is minimized, otherwise say what with ``minimize``.
     ``techniques``: what may stand at a site, ``[Int(8, 8)]`` by default. ``prepare``: steps that every whole plan is
-    measured and returned with; None: ``CorrectBias()``; ``()``: none. ``default_steps(Int(8, 8))``, which ``quantize``
-    takes, take longer. Sites alone are measured without. ``folder``: gets ``plan.json``, the model file,
-    ``report.html``, ``report.json`` and, if no ``store`` is given, the store ``runs.db`` from which a killed run
-    resumes; without a folder the model file lives as long as the returned artifact. ``batch``: of the times and of the
-    file. ``certainty``: of decisions before the whole validation set was seen. ``executor``: workers for the accuracy
-    part of ``profile`` and ``search``; the plan is the same without.
+    measured and returned with; None: ``CorrectBias``, as :func:`steps_for` says; ``()``: none. Those that ``quantize``
+    takes (``default_steps(Int(8, 8))``) take longer. Sites alone are measured without. ``folder``: gets ``plan.json``,
+    the model file, ``report.html``, ``report.json`` and, if no ``store`` is given, the store ``runs.db`` from which a
+    killed run resumes; without a folder the model file lives as long as the returned artifact. ``batch``: of the times
+    and of the file. ``certainty``: of decisions before the whole validation set was seen. ``executor``: workers for the
+    accuracy part of ``profile`` and ``search``; the plan is the same without.
 
     Calibration and validation data are read to choose; ``task.test`` is forwarded once, for the report. Raises
     ``BudgetError`` if no plan meets the budget, after the best one was saved; it carries that one as ``.best``.
@@ -96,12 +101,12 @@ def optimize(
     # the artifacts of probes go to a temporary folder; only the chosen one goes to the user's
     bench = Bench.open(model, task, target, store=store, batch=batch, seed=seed, progress=progress)
     offered = list(techniques) if techniques is not None else [Int(8, 8)]
-    _dry_run(bench, offered)
+    evaluate = Evaluator(bench, steps_for(bench) if prepare is None else prepare, certainty)
+    _dry_run(evaluate, offered)
     if "mj" in (minimize, *budget.limits) and target.energy(bench.artifact(Plan())) is None:
         raise ValueError(f"{target.name} gives no energy: leave mj out, or take a target that has it")
     profiled = measure(bench, offered, sensitivity, executor=executor)
     failure: BudgetError | None = None
-    evaluate = Evaluator(bench, STEPS if prepare is None else prepare, certainty)
     try:
         result = search(profiled, budget, minimize, method or Exact(), evaluate, _told(progress), executor=executor)
     except BudgetError as error:
@@ -112,12 +117,14 @@ def optimize(
     return finished
 
 
-def _dry_run(bench: Bench, offered: Sequence[Technique]) -> None:
+def _dry_run(evaluate: Evaluator, offered: Sequence[Technique]) -> None:
     """Export and run the float network first, and say how long the rest will take: nothing fails at the end."""
+    bench = evaluate.bench
+    bench.everywhere([])  # the float graph is needed for all others
     progress = bench.progress
     progress.start("trying the float network on the target", 2)
     start = time.perf_counter()
-    reference = bench.score(None)
+    reference = evaluate.gradual.reference
     seconds = time.perf_counter() - start
     progress.advance()
     start = time.perf_counter()
@@ -189,7 +196,7 @@ def _finish(
     check = verify(net, artifact, task.calibration, target=target, forward=task.forward)
     progress.advance()
     split: Split = "test" if task.test is not None else "validation"
-    float_score, plan_score = bench.score(None, split), evaluate.score(plan, split)
+    float_score, plan_score = evaluate.score(Plan(), split), evaluate.score(plan, split)
     progress.advance()
     float_time, plan_time = bench.times([Plan(), plan], rounds=200)
     written = report(

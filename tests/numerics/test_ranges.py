@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bitsmith.numerics import ranges
 from bitsmith.numerics.ranges import MIN_SCALE, limits, qparams, weight_qparams
 from bitsmith.numerics.statistics import TensorStatistics
 from bitsmith.site import Format, Range, RangeMethod
@@ -210,6 +212,26 @@ def test_weight_mse_beats_minmax_per_channel_and_finds_the_grid_optimum() -> Non
             best = min(_error(channel, ends[0] * i / 80, ends[1] * i / 80, fmt) for i in range(1, 81))
             assert found == pytest.approx(best, rel=1e-4)
             assert found < _error(channel, *ends, fmt)
+
+
+def test_factors_of_a_weight_are_searched_once_by_content(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranges, "_shrunk", {})
+    monkeypatch.setattr(ranges, "_REMEMBERED", 2)
+    searched: list[int] = []
+    real = ranges._shrink_factors
+
+    def counted(values: Any, *rest: Any) -> Any:
+        searched.append(len(values))
+        return real(values, *rest)
+
+    monkeypatch.setattr(ranges, "_shrink_factors", counted)
+    weights = [torch.randn(3, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    found = [weight_qparams(weights[k], 4, True, 0, None, Range("mse")) for k in (0, 0, 1, 0, 2, 0)]
+    assert len(searched) == 3, "the last two used are known"
+    assert all(torch.equal(found[k][0], found[0][0]) for k in (1, 3, 5))
+    weight_qparams(weights[1], 4, True, 0, None, Range("mse"))  # forgotten
+    weight_qparams(weights[0].clone(), 8, True, 0, None, Range("mse"))  # another format
+    assert len(searched) == 5
 
 
 def test_weight_mse_of_one_row_longer_than_a_block() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from weakref import WeakKeyDictionary
 
@@ -24,6 +25,9 @@ _BLOCK = 16384  # elements worked on at a time, so that they stay in the cache
 
 _KNOWN: WeakKeyDictionary[TensorStatistics, dict[tuple[Format, int], tuple[float, float]]] = WeakKeyDictionary()
 """Limits that were searched for: steps build one network several times from the same histograms."""
+_REMEMBERED = 512
+_shrunk: dict[tuple[bytes, tuple[int, ...], Format], Vector] = {}
+"""Factors of the last so many weights that were searched, by content."""
 
 
 def limits(statistics: TensorStatistics, fmt: Format) -> tuple[float, float]:
@@ -121,7 +125,8 @@ def weight_qparams(
             least, greatest = rows.aminmax(dim=1)
         low, high = least.cpu().double().clamp(max=0).numpy(), greatest.cpu().double().clamp(min=0).numpy()
         if range.method == "mse":
-            low, high = _shrink(rows, low, high, fmt)
+            factor = _shrink(rows, low, high, fmt)
+            low, high = low * factor, high * factor
     scale, zero_point = _qparams(low, high, fmt)
     device = weight.device
     return (
@@ -246,17 +251,24 @@ def _rows(weight: Tensor, axis: int | None, group: int | None) -> tuple[Tensor, 
     return weight.movedim(axis, 0).reshape(weight.shape[axis], -1), (weight.shape[axis],)
 
 
-def _shrink(rows: Tensor, low: Vector, high: Vector, fmt: Format) -> tuple[Vector, Vector]:
-    """Both ends of every row times the factor that leaves the least squared error."""
-    values = rows.cpu().numpy()
-    height = max(1, _BLOCK // values.shape[1])
-    factor = np.concatenate(
-        [
-            _shrink_factors(values[top : top + height], low[top : top + height], high[top : top + height], fmt)
-            for top in range(0, len(values), height)
-        ]
-    )
-    return low * factor, high * factor
+def _shrink(rows: Tensor, low: Vector, high: Vector, fmt: Format) -> Vector:
+    """The factor by which both ends of every row leave the least squared error. Kept: a search builds the same layers
+    many times."""
+    values = np.ascontiguousarray(rows.cpu().numpy())
+    key = hashlib.sha256(values.tobytes()).digest(), values.shape, fmt
+    found = _shrunk.pop(key, None)
+    if found is None:
+        height = max(1, _BLOCK // values.shape[1])
+        found = np.concatenate(
+            [
+                _shrink_factors(values[top : top + height], low[top : top + height], high[top : top + height], fmt)
+                for top in range(0, len(values), height)
+            ]
+        )
+    _shrunk[key] = found  # the last one used is the last one
+    if len(_shrunk) > _REMEMBERED:
+        _shrunk.pop(next(iter(_shrunk)), None)
+    return found
 
 
 def _shrink_factors(values: NDArray[np.float32], low: Vector, high: Vector, fmt: Format) -> Vector:

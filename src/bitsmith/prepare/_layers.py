@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,10 +118,11 @@ def watched(net: Network, names: Iterable[str], see: Seen) -> nn.Module:
     return replica
 
 
-def watch_cells(
+@contextmanager
+def watched_cells(
     simulation: nn.Module, names: Iterable[str], see: Callable[[str, Cell, tuple[Tensor, ...], Tensor], Tensor | None]
-) -> None:
-    """The same for an applied network: ``see(site, cell, operands, output)`` at those planned sites.
+) -> Iterator[None]:
+    """The same for an applied network: ``see(site, cell, operands, output)`` at those planned sites, while it is open.
 
     Operands come as the cell gets them; ``cell.read(i, operand)`` is what it computes with. The output is that before
     the activation (behind a normalisation if the cell absorbs it), not yet quantized.
@@ -134,8 +136,12 @@ def watch_cells(
 
         return hook
 
-    for name in names:
-        cells[encode_key(name)].register_forward_hook(hooked(name))
+    handles = [cells[encode_key(name)].register_forward_hook(hooked(name)) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def per_channel(x: Tensor, site: Site) -> Tensor:

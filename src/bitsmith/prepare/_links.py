@@ -181,7 +181,16 @@ class _Keys(LayerHandler):
 
 
 def norm_keys(net: Network) -> dict[str, tuple[str, ...]]:
-    """State-dict keys of the weight (and bias) of every normalisation; () where it has none of its own."""
+    """State-dict keys of the weight (and bias) of every normalisation; () where it has none of its own. Found once for
+    all plans of a network: steps change no structure."""
+    known, of = net.memo.setdefault("norm keys", {}), tuple(net.record.sites)
+    if of not in known:
+        known[of] = _norm_keys(net)
+    found: dict[str, tuple[str, ...]] = known[of]
+    return found
+
+
+def _norm_keys(net: Network) -> dict[str, tuple[str, ...]]:
     model = duplicate(net.model).eval()
     handler = _Keys(net, model)
     _run(net, model, handler)

@@ -26,11 +26,12 @@ from ._layers import (
     per_channel,
     relative_errors,
     tensor_at,
-    watch_cells,
+    watched_cells,
 )
 from ._links import norm_keys
 
-_COMPARED = 64
+_COMPARED = 4
+"""One of so many samples is seen once more, to compare."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class CorrectBias(Step):
 
     A mean over positions can mislead: that of sentences counts their padding. So the corrections are kept only if the
     simulated outputs of the whole network come closer to the float ones, as a part of each sample's power, on the first
-    64 of the samples.
+    quarter of the samples.
 
     Ranges stay those of the network before: a correction answers the rounding that they cause. So it belongs behind
     the other steps. Layers are left alone that have no bias and no module of torch's own that could get one.
@@ -68,11 +69,12 @@ class CorrectBias(Step):
             return net
         statistics = calibrate(net, place(plan, net.record).tensors, data)
         net = net.with_statistics(statistics)
-        model = duplicate(net.model)
-        for name, shift in _shifts(net, plan, data, places, self.samples).items():
+        model, simulation = duplicate(net.model), build(net, plan, data).eval()
+        for name, shift in _shifts(net, simulation, data, places, self.samples).items():
             _add(model, places[name], shift)
         corrected = net.with_model(model).with_statistics(statistics)
-        before, after = _output_errors(net, (net, corrected), plan, data, min(self.samples, _COMPARED))
+        candidates = simulation, build(corrected, plan, data).eval()
+        before, after = _output_errors(net, candidates, data, max(self.samples // _COMPARED, 2))
         return corrected if after < before else net
 
 
@@ -135,7 +137,9 @@ class _Sums:
         return mean * torch.where(whole > 0, spread / whole.where(whole > 0, torch.ones_like(whole)), 0.0)
 
 
-def _shifts(net: Network, plan: Plan, data: Any, places: Mapping[str, _Place], samples: int) -> dict[str, Tensor]:
+def _shifts(
+    net: Network, simulation: nn.Module, data: Any, places: Mapping[str, _Place], samples: int
+) -> dict[str, Tensor]:
     """The correction of each layer's output, behind the normalisation that folds into it."""
     sums = {name: _Sums() for name in places}
     affine = {name: folded_affine(*net.record.folds[name]) for name in places if name in net.record.folds}
@@ -157,13 +161,12 @@ def _shifts(net: Network, plan: Plan, data: Any, places: Mapping[str, _Place], s
         axis = channel_axis(site.kind, output.dim())
         return output + found.to(output).reshape(-1, *([1] * (output.dim() - 1 - axis)))
 
-    simulation = build(net, plan, data).eval()
-    watch_cells(simulation, places, correct)
-    for batch in float_batches(net, data, samples):
-        means.clear()
-        means.update(batch.means)
-        with torch.no_grad():
-            call(simulation, batch.inputs, net.forward)
+    with watched_cells(simulation, places, correct):
+        for batch in float_batches(net, data, samples):
+            means.clear()
+            means.update(batch.means)
+            with torch.no_grad():
+                call(simulation, batch.inputs, net.forward)
     return {
         name: _before(found.shrunk(), affine[name][0]) if name in affine and not places[name].folded else found.shrunk()
         for name, found in sums.items()
@@ -177,10 +180,9 @@ def _before(shift: Tensor, factor: Tensor) -> Tensor:
     return torch.where(used, shift / factor.where(used, torch.ones_like(factor)), 0.0)
 
 
-def _output_errors(net: Network, candidates: Sequence[Network], plan: Plan, data: Any, samples: int) -> list[float]:
-    """How far the simulated outputs of each candidate lie from the float ones of ``net``: squared error / power, the
-    sum over samples and outputs."""
-    simulations = [build(candidate, plan, data).eval() for candidate in candidates]
+def _output_errors(net: Network, simulations: Sequence[nn.Module], data: Any, samples: int) -> list[float]:
+    """How far the outputs of each simulation lie from the float ones of ``net``: squared error / power, the sum over
+    samples and outputs."""
     errors = [0.0] * len(simulations)
     for batch in float_batches(net, data, samples):
         for index, simulation in enumerate(simulations):

@@ -183,5 +183,5 @@ def _shrunk(total: Matrix, squares: Matrix, count: int, draws: int) -> Matrix:
     return shrunk
 
 
-DIAGONAL = InterLayer(mu=0.0)
+DIAGONAL = InterLayer(samples=64, mu=0.0)
 """The default of ``profile`` and ``optimize``: each site alone, all of them from one forward and backward."""
