@@ -40,7 +40,7 @@ _PROBED_BYTES = 96 * 2**20
 """For each technique as many mixed probes as have so many bytes of float weights together, within these bounds: on four
 networks and two runtimes 8 foretold 16 other plans to 0.7 to 2.5 % (median), 32 to 0.5 to 2.5 %, and best on the
 smallest network."""
-_EXPORT_S, _TIMING_S = 60.0, 2.0
+_EXPORT_S, _TIMING_S = 60.0, 1.5
 """Beyond ``_FEWEST`` mixed probes are exported for so long; rounds of timing take about so long on a quiet machine."""
 _PROFILED, _PROFILE_ROUNDS = 1, 20
 """So many of the mixed probes are profiled, in so many rounds; more foretold no better."""

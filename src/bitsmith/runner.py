@@ -137,8 +137,7 @@ def _faster(found: Runner, inputs: Any) -> str:
 
 
 def _seconds(work: Callable[[], Any]) -> float:
-    """The least of a few."""
-    work()
+    """The least of a few: the first may be cold."""
     seconds = []
     for _ in range(_ROUNDS):
         start = time.perf_counter()

@@ -27,7 +27,7 @@ def climb(
         if everywhere is not None and budget.drop is not None and not trials.spent:
             trials.ahead([everywhere, *points[-1:]])
             held = everywhere if trials.keeps(everywhere) and trials.holds(everywhere) else None
-        if everywhere is not None and not trials.spent:
+        if everywhere is not None and (held is not None or budget.drop is None) and not trials.spent:
             trials.costs(everywhere)
         pivot = descend(trials, points, passes, held) if budget.drop is not None else last
     around(trials, points, pivot, margin)
