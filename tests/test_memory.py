@@ -1,14 +1,18 @@
-"""Memory that is freed is kept for the next tensors, unless the environment says otherwise."""
+"""Memory that is freed is kept for the next tensors, unless the environment says otherwise; no cycles are sought."""
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
+import torch
 
 from bitsmith import _memory
+from bitsmith.export.program import ExportError, exported_program
 
 FAULTS = """
 import resource, sys
@@ -54,6 +58,34 @@ def test_pages_are_cleared_once_and_go_back_at_the_end() -> None:
 def test_the_environment_has_the_last_word(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(name, value)
     assert not _memory.keep_freed()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_an_export_goes_on_without_the_collector(enabled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And leaves it as it was, after an error too."""
+    seen: list[bool] = []
+    real = torch.export.export
+
+    def watched(*args: Any, **named: Any) -> Any:
+        seen.append(gc.isenabled())
+        return real(*args, **named)
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no")
+
+    before = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        monkeypatch.setattr(torch.export, "export", watched)
+        exported_program(torch.nn.Linear(2, 2), torch.zeros(1, 2))
+        assert gc.isenabled() is enabled
+        monkeypatch.setattr(torch.export, "export", fails)
+        with pytest.raises(ExportError):
+            exported_program(torch.nn.Linear(2, 2), torch.zeros(1, 2))
+        assert gc.isenabled() is enabled
+    finally:
+        (gc.enable if before else gc.disable)()
+    assert seen == [False]
 
 
 def test_without_glibc_nothing_is_done(monkeypatch: pytest.MonkeyPatch) -> None:

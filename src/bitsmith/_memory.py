@@ -1,4 +1,4 @@
-"""Memory that tensors free, kept for the next ones.
+"""Memory that tensors free, kept for the next ones; and exports without the collector of cycles.
 
 glibc gives large blocks back to the system at once, which clears each page anew when it is asked for it again: with one
 thread a convolution of a large batch spends most of its time so.
@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 _KEPT = 2**30
@@ -32,6 +35,19 @@ def give_back() -> None:
     libc = _glibc()
     if libc is not None:
         libc.malloc_trim(0)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Without the collector of cycles, which comes round often while torch builds a graph, visits all that is loaded,
+    and finds next to nothing."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.export import ExportedProgram
 
+from .._memory import uncollected
 from .names import Origin, parse_scopes
 from .program import ExportError, quiet
 from .rewrite import (
@@ -46,7 +47,7 @@ def to_onnx(program: ExportedProgram, opset: int | None = None) -> onnx.ModelPro
 def raw_onnx(program: ExportedProgram, opset: int | None = None) -> onnx.ModelProto:
     """The program as the exporter writes it, every quantizer where its cell has it: what ``derive`` takes apart."""
     opset = opset or default_opset(program)
-    with quiet(), torch.no_grad():
+    with quiet(), uncollected(), torch.no_grad():
         try:
             exported = torch.onnx.export(
                 program,

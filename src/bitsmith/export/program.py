@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from .._memory import uncollected
 from ..data import call
 from ..model.apply import materialised
 from ..model.intercept import CHILD
@@ -30,7 +31,7 @@ def exported_program(net: nn.Module, example: Any, dynamic_batch: bool = False) 
     """
     args, kwargs = _arguments(example)
     shapes = _dynamic_shapes(args, kwargs) if dynamic_batch else None
-    with _evaluating(net), quiet(), torch.no_grad():
+    with _evaluating(net), quiet(), uncollected(), torch.no_grad():
         try:
             return torch.export.export(net, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:
