@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +19,7 @@ from torch import nn
 import bitsmith as bs
 from bitsmith.bench import Bench
 from bitsmith.profile import measure
+from bitsmith.targets.base import Timing
 from bitsmith.testing import MockTarget
 from smallnet import Batch, Small, batches, small, task
 
@@ -283,3 +285,22 @@ def test_statistics_are_collected_once_for_choices_sensitivities_and_plans(monke
     bench.simulate(plan)
     # all tensors once; the input's methods ask for what is known by then
     assert len(passes) == 1
+
+
+def test_times_are_taken_again_where_other_work_shows() -> None:
+    """Two clocks: one that is level, and one that other work holds up in every second round."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Held(MockTarget):
+        by: float = 1.0
+
+        def measure(self, artifacts: Sequence[Any], rounds: int = 30) -> list[Timing]:
+            samples = tuple(self.by if k % 2 else 1.0 for k in range(rounds))
+            return [Timing(samples, 1, 1, "measured") for _ in artifacts]
+
+    for by, expected in ((1.0, 10), (1.08, 10), (1.2, 40)):
+        bench = Bench.open(small(), task(), Held(by=by))
+        (timing,) = bench.steady_times([bs.Plan()], 10, 40)
+        assert len(timing.samples) == expected
+        assert timing.low == 1.0
+        assert len(bench.steady_times([bs.Plan()], 40, 40)[0].samples) == 40

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+import statistics
 import tempfile
 import weakref
 from collections.abc import Sequence
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from .export.graphs import Graphs
 
 
+CALM = 1.05
+"""On a quiet machine the median of the rounds lies above their lower quartile by less than that."""
 _READY = 3
 """So many prepared networks are kept: a plan that is scored is often exported next."""
 
@@ -291,6 +294,11 @@ class Bench:
         found = self.store.get_or("time", self.time_key(plans, rounds), measure)
         return [Timing(tuple(t["samples"]), t["batch"], t["threads"], t["source"]) for t in found]
 
+    def steady_times(self, plans: Sequence[Plan], rounds: int, most: int) -> list[Timing]:
+        """:meth:`times` in a few rounds; where other work shows in these, in as many as ``most``."""
+        timings = self.times(plans, rounds)
+        return timings if rounds >= most or level(timings) <= CALM else self.times(plans, most)
+
     def _computed(self, plan: Plan) -> Timing | None:
         bare = without_values(plan)
         return None if bare.prepare else self.target.computed(bare, self.net.record, self.batch)
@@ -311,6 +319,11 @@ class Bench:
             lambda: asdict(self.target.site_times(self.artifact(plan), rounds)),
         )
         return SiteTimes(**found)
+
+
+def level(timings: Sequence[Timing]) -> float:
+    """How far the medians lie above the lower quartiles: the median of the ratios."""
+    return statistics.median(timing.ms / timing.low if timing.low > 0 else 1.0 for timing in timings)
 
 
 def without_values(plan: Plan) -> Plan:

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._hash import hash_json
-from .bench import Bench
+from .bench import CALM, Bench, level
 from .plan import Plan
 from .site import Edge, Site
 from .targets.base import SiteTimes
@@ -40,13 +40,12 @@ _PROBED_BYTES = 96 * 2**20
 """For each technique as many mixed probes as have so many bytes of float weights together, within these bounds: on four
 networks and two runtimes 8 foretold 16 other plans to 0.7 to 2.5 % (median), 32 to 0.5 to 2.5 %, and best on the
 smallest network."""
-_EXPORT_S, _TIMING_S = 60.0, 1.5
-"""Beyond ``_FEWEST`` mixed probes are exported for so long; rounds of timing take about so long on a quiet machine."""
+_EXPORT_S, _TIMING_S, _NOISY_S = 60.0, 1.5, 30.0
+"""Beyond ``_FEWEST`` mixed probes are exported for so long; rounds of timing take about so long on a quiet machine, and
+on one that is not."""
+_ROUNDS, _NOISY_ROUNDS = 60, 120
 _PROFILED, _PROFILE_ROUNDS = 1, 20
 """So many of the mixed probes are profiled, in so many rounds; more foretold no better."""
-
-_CALM = 1.05
-"""On a quiet machine the median of the rounds lies above their lower quartile by less than that."""
 
 _OPEN_BYTES = 2**30
 """Files of about so many bytes together, had they float weights, are open at a time."""
@@ -182,15 +181,17 @@ def _wholes(bench: Bench, plans: Sequence[Plan], float_ms: float) -> list[float]
     least, in parts each beside the float plan. The level common to all is that of the medians, unless they lie so far
     above that other work must have put them there.
     """
-    rounds = max(10, min(60, int(_TIMING_S * 1e3 / (2 * float_ms * len(plans)))))
+    rounds, most = (
+        max(10, min(limit, int(seconds * 1e3 / (2 * float_ms * len(plans)))))
+        for limit, seconds in ((_ROUNDS, _TIMING_S), (_NOISY_ROUNDS, _NOISY_S))
+    )
     step = max(1, _OPEN_BYTES // max(1, _float_bytes(bench)))
     ratios, levels = [1.0], []
     for first in range(1, len(plans), step):
-        timings = bench.times([plans[0], *plans[first : first + step]], rounds)
-        reference, *others = (float(np.quantile(timing.samples, 0.25)) for timing in timings)
+        timings = bench.steady_times([plans[0], *plans[first : first + step]], rounds, most)
+        reference, *others = (timing.low for timing in timings)
         ratios += [ms / reference for ms in others]
-        above = (t.ms / ms for t, ms in zip(timings, [reference, *others], strict=True))
-        levels.append(reference * min(statistics.median(above), _CALM))
+        levels.append(reference * min(level(timings), CALM))
     return [statistics.median(levels) * ratio for ratio in ratios]
 
 

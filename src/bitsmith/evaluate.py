@@ -30,7 +30,8 @@ from .workers import Crew, Lost, Recipe, decide_remotely, keep_scores, recipe_of
 
 _ROUNDS, _MOST_ROUNDS = 20, 60
 _TIMED_MACS = 6e9
-"""A plan is timed in as many rounds as compute so much together, within these bounds."""
+"""A plan is timed in as many rounds as compute so much together, within these bounds; in most of them on a machine that
+has other work."""
 
 
 def evaluator(
@@ -101,7 +102,7 @@ class Evaluator:
         timed = without_values(adapted)
         if self._decisions is not None:
             self._decisions.quiet()
-        plain, timing = bench.times([Plan(), timed], self._rounds)
+        plain, timing = bench.steady_times([Plan(), timed], self._rounds, _MOST_ROUNDS)
         has_energy = bench.target.energy(bench.artifact(Plan())) is not None
         return Evaluation(
             plan=adapted,

@@ -61,6 +61,11 @@ class Timing:
         return statistics.median(self.samples)
 
     @property
+    def low(self) -> float:
+        """Lower quartile: other work on the machine only ever adds time, and moves it least."""
+        return statistics.quantiles(self.samples, n=4, method="inclusive")[0] if len(self.samples) > 1 else self.ms
+
+    @property
     def spread(self) -> float:
         """Half the interquartile range, in ms."""
         if len(self.samples) < 2:
