@@ -44,8 +44,8 @@ _EXPORT_S, _TIMING_S, _NOISY_S = 60.0, 1.5, 30.0
 """Beyond ``_FEWEST`` mixed probes are exported for so long; rounds of timing take about so long on a quiet machine, and
 on one that is not."""
 _ROUNDS, _NOISY_ROUNDS = 60, 120
-_PROFILED, _PROFILE_ROUNDS = 1, 20
-"""So many of the mixed probes are profiled, in so many rounds; more foretold no better."""
+_PROFILED, _PROFILE_ROUNDS = 8, 20
+"""One in so many of the mixed probes is profiled, at least one, in so many rounds."""
 
 _OPEN_BYTES = 2**30
 """Files of about so many bytes together, had they float weights, are open at a time."""
@@ -143,7 +143,7 @@ def learn(bench: Bench, options: Mapping[str, Sequence[Option]], edges: Sequence
     plans = [bench.adapted(plan) for plan in asked]
     bench.everywhere([bench.adapted(plan) for plan in whole])
     plans = _exported(bench, plans, len(plans) - mixed + _FEWEST)
-    profiled = len(asked) - mixed + _PROFILED
+    profiled = len(asked) - mixed + max(mixed // _PROFILED, 1)
     bench.progress.start(f"profiling and timing {len(plans)} probe plans on {bench.target.name}", profiled + 1)
     profiles = []
     for plan in plans[:profiled]:
