@@ -342,6 +342,9 @@ def test_a_prepared_plan_whose_file_is_derived_is_run_untimed(model: Small, monk
     smoothed = SOME.replace(prepare=(bs.SmoothQuant(0.5, multiply=True),))  # brings in operations: an export of its own
     with pytest.raises(TypeError):
         gradual.runs(smoothed)
+    bench.everywhere([])  # none that it is a part of: exporting it has to pay
+    with pytest.raises(TypeError):
+        Gradual(bench).runs(PREPARED)
 
 
 @pytest.mark.usefixtures("always")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import shutil
-import statistics
 import tempfile
 import weakref
 from collections.abc import Sequence
@@ -35,7 +34,7 @@ from .plan import Plan
 from .progress import Progress, Silent
 from .site import Format
 from .store import Store
-from .targets.base import Artifact, SiteTimes, Target, Timing
+from .targets.base import CALM, Artifact, SiteTimes, Target, Timing, unrest
 from .task import Split, Task, score
 from .technique import Technique
 
@@ -43,8 +42,6 @@ if TYPE_CHECKING:
     from .export.graphs import Graphs
 
 
-CALM = 1.05
-"""On a quiet machine the median of the rounds lies above their lower quartile by less than that."""
 _READY = 3
 """So many prepared networks are kept: a plan that is scored is often exported next."""
 
@@ -256,8 +253,9 @@ class Bench:
                 self._graphs.take(known)
 
     def derives(self, plan: Plan) -> bool:
-        """Whether the file of a plan whose sites are among :meth:`everywhere`'s comes in milliseconds."""
-        return self._graphs is not None and not without_values(plan).prepare
+        """Whether the file of an adapted plan comes in milliseconds: nothing of it asks for an export of its own."""
+        graphs = self._graphs
+        return graphs is not None and not without_values(plan).prepare and graphs.covers(plan, self.net.record)
 
     def _derived(self, plan: Plan, path: Path) -> Artifact | None:
         found = None if self._graphs is None else self._graphs.derived(plan, self.net.record)
@@ -297,7 +295,7 @@ class Bench:
     def steady_times(self, plans: Sequence[Plan], rounds: int, most: int) -> list[Timing]:
         """:meth:`times` in a few rounds; where other work shows in these, in as many as ``most``."""
         timings = self.times(plans, rounds)
-        return timings if rounds >= most or level(timings) <= CALM else self.times(plans, most)
+        return timings if rounds >= most or unrest(timings) <= CALM else self.times(plans, most)
 
     def _computed(self, plan: Plan) -> Timing | None:
         bare = without_values(plan)
@@ -319,11 +317,6 @@ class Bench:
             lambda: asdict(self.target.site_times(self.artifact(plan), rounds)),
         )
         return SiteTimes(**found)
-
-
-def level(timings: Sequence[Timing]) -> float:
-    """How far the medians lie above the lower quartiles: the median of the ratios."""
-    return statistics.median(timing.ms / timing.low if timing.low > 0 else 1.0 for timing in timings)
 
 
 def without_values(plan: Plan) -> Plan:

@@ -21,10 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._hash import hash_json
-from .bench import CALM, Bench, level
+from .bench import Bench
 from .plan import Plan
 from .site import Edge, Site
-from .targets.base import SiteTimes
+from .targets.base import CALM, SiteTimes, unrest
 from .technique import Technique
 from .techniques.float_ import Float
 
@@ -37,9 +37,8 @@ _GOLDEN = 5**0.5 / 2 - 0.5
 
 _MIXED, _FEWEST = 32, 8
 _PROBED_BYTES = 96 * 2**20
-"""For each technique as many mixed probes as have so many bytes of float weights together, within these bounds: on four
-networks and two runtimes 8 foretold 16 other plans to 0.7 to 2.5 % (median), 32 to 0.5 to 2.5 %, and best on the
-smallest network."""
+"""For each technique as many mixed probes as have so many bytes of float weights together, within these bounds: a file
+of a small network costs next to nothing."""
 _EXPORT_S, _TIMING_S, _NOISY_S = 60.0, 1.5, 30.0
 """Beyond ``_FEWEST`` mixed probes are exported for so long; rounds of timing take about so long on a quiet machine, and
 on one that is not."""
@@ -191,7 +190,7 @@ def _wholes(bench: Bench, plans: Sequence[Plan], float_ms: float) -> list[float]
         timings = bench.steady_times([plans[0], *plans[first : first + step]], rounds, most)
         reference, *others = (timing.low for timing in timings)
         ratios += [ms / reference for ms in others]
-        levels.append(reference * min(level(timings), CALM))
+        levels.append(reference * min(unrest(timings), CALM))
     return [statistics.median(levels) * ratio for ratio in ratios]
 
 

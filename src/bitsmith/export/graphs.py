@@ -47,6 +47,11 @@ class Graphs:
         self._wholes |= other._wholes
         self._graphs |= other._graphs
 
+    def covers(self, plan: Plan, record: Record) -> bool:
+        """Whether every site of an adapted plan is computed as in one of these plans, or in float."""
+        bare = plan.replace(prepare=())
+        return bare.empty or parts(bare, self.plans, record) is not None
+
     def derived(self, plan: Plan, record: Record) -> tuple[onnx.ModelProto, list[str]] | None:
         """The graph of an adapted plan and the names of all sites; None where it has to be exported.
 

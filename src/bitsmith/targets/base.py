@@ -80,6 +80,15 @@ class Timing:
         )
 
 
+CALM = 1.05
+"""On a quiet machine :func:`unrest` is less than that."""
+
+
+def unrest(timings: Sequence[Timing]) -> float:
+    """How far the medians of one run lie above the lower quartiles: the median of the ratios."""
+    return statistics.median(timing.ms / timing.low if timing.low > 0 else 1.0 for timing in timings)
+
+
 @dataclass(frozen=True)
 class SiteTimes:
     """Where the time of one artifact goes, in ms per batch: per site, per tensor whose format is changed, the rest.
