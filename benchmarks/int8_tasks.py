@@ -39,7 +39,7 @@ NETWORKS: Mapping[str, Network] = {
     ),
     "mobilenet_v1": Network(
         lambda root, _: pretrained_mobilenet_v1(root),
-        # the activations of 32 pictures leave the caches
+        # one thread computes pointwise convolutions of fewer than 16 pictures without oneDNN, and slowly
         lambda root: tasks.mobilenet_v1_task(root, calibration=128, batch=16, tell=_quiet),
     ),
     "ds_cnn": Network(

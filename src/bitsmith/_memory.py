@@ -1,7 +1,7 @@
 """Memory that tensors free, kept for the next ones; and exports without the collector of cycles.
 
 glibc gives large blocks back to the system at once, which clears each page anew when it is asked for it again: with one
-thread a convolution of a large batch spends most of its time so.
+thread a convolution of a large batch can spend most of its time so.
 """
 
 from __future__ import annotations
