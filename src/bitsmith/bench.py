@@ -50,7 +50,8 @@ _READY = 3
 class Bench:
     """Measures one model on one target. Internal: the verbs make one, use it and let it go.
 
-    ``model`` is a copy: the user's is never run, and may change meanwhile.
+    ``model`` is a copy: the user's is never run, and may change meanwhile. From then on the process (a worker's, too)
+    keeps memory that is freed; what is free when the bench goes is given back.
     """
 
     model: nn.Module
@@ -82,11 +83,7 @@ class Bench:
         seed: int = 0,
         progress: Progress | None = None,
     ) -> Bench:
-        """Record the model on its first calibration inputs. ``folder``: of the artifacts; None: a temporary one.
-
-        From then on the process keeps memory that is freed; what is free when the bench goes is given back.
-        """
-        keep_freed()
+        """Record the model on its first calibration inputs. ``folder``: of the artifacts; None: a temporary one."""
         net = network(duplicate(model), first_inputs(task.calibration), forward=task.forward, names=names)
         warn_unreached(net)
         opened = store if isinstance(store, Store) else Store(store)
@@ -96,8 +93,11 @@ class Bench:
             weakref.finalize(bench, shutil.rmtree, root, ignore_errors=True)
         if opened is not store:
             weakref.finalize(bench, opened.close)
-        weakref.finalize(bench, give_back)
         return bench
+
+    def __post_init__(self) -> None:
+        keep_freed()
+        weakref.finalize(self, give_back)
 
     # -- keys ----------------------------------------------------------------------------------------------------
 
