@@ -44,7 +44,7 @@ class Study:
         parser.add_argument("--only", action="append", choices=list(SIZES), help="this network only (repeatable)")
         parser.add_argument("--seeds", type=int, default=5, help="calibration seeds (5)")
         parser.add_argument("--minutes", type=float, default=minutes, help=f"for all parts together ({minutes:g})")
-        parser.add_argument("--threads", type=int, default=1, help="of the simulation (1)")
+        parser.add_argument("--threads", type=int, default=1, help="of the simulation and of the runtime (1)")
         options = parser.parse_args(argv)
         torch.set_num_threads(options.threads)
         (RESULTS / "models").mkdir(parents=True, exist_ok=True)

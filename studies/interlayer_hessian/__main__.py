@@ -18,7 +18,7 @@ from bitsmith.sensitivity.base import Pair
 from bitsmith.sensitivity.inter_layer import InterLayer
 
 from .._command import SEARCH_COLUMNS, Study, by, search_columns, spread
-from .._guided import FULL_KEEP, KEEP, Cell, Place, Subject, library
+from .._guided import KEEP, Cell, Place, Subject, library
 from .correlation import Held, Predictor, correlations, predictors, scores_of, sites_for, subsets
 
 FORMATS = (
@@ -173,8 +173,8 @@ def main() -> None:
         subject = study.subject(name)
         correlate(study, subject)
         study.part(share * SEARCHING)
-        seed, keeps = 0, FULL_KEEP if study.options.full else KEEP[name]
-        for cell in cells(place, subject.size.calibration, study.options.seeds, keeps):
+        seed = 0
+        for cell in cells(place, subject.size.calibration, study.options.seeds, KEEP):
             if cell.seed != seed:
                 subject.forget()
                 seed = cell.seed

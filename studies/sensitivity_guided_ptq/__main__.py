@@ -17,7 +17,7 @@ from bitsmith.sensitivity.noise import NoiseInjection
 from bitsmith.sensitivity.quantization_error import QuantizationError
 
 from .._command import SEARCH_COLUMNS, Study, by, search_columns, spread
-from .._guided import FULL_KEEP, KEEP, Cell, Place
+from .._guided import KEEP, Cell, Place
 
 SHARES = {"resnet20": 0.5, "minilm": 0.27, "mobilenet_v1": 0.23}
 """Of the time, by network."""
@@ -37,15 +37,11 @@ def metrics(samples: int, seed: int) -> Mapping[str, Sensitivity]:
     }
 
 
-THREADS = 2
-"""Of the runtime; the model belongs to two as well."""
-
-
-def places() -> tuple[Place, Place]:
+def places(threads: int) -> tuple[Place, Place]:
     modelled = tuple(SPACES["modelled"])
     return (
         Place("modelled 4/8/16", MODEL, modelled, modelled[0]),
-        Place("measured int8", bs.targets.OnnxRuntime(threads=THREADS), tuple(SPACES["int8"])),
+        Place("measured int8", bs.targets.OnnxRuntime(threads=threads), tuple(SPACES["int8"])),
     )
 
 
@@ -69,14 +65,14 @@ def main() -> None:
     study = Study.start("sensitivity_guided_ptq", __doc__ or "", 25.0)
     full, seeds = bool(study.options.full), study.options.seeds
     total = sum(SHARES[name] for name in study.networks)
-    where = places()
+    where = places(study.options.threads)
     for name in study.networks:
         study.part(SHARES[name] / total)
         subject = study.subject(name)
-        keeps, samples = FULL_KEEP if full else KEEP[name], subject.size.calibration
+        samples = subject.size.calibration
         greedy = (seeds, where) if full else (GREEDY.get(name, 0), where[:1])
         seed = 0
-        for cell in cells(where, samples, seeds, keeps, *greedy):
+        for cell in cells(where, samples, seeds, KEEP, *greedy):
             if cell.seed != seed:
                 subject.forget()
                 seed = cell.seed
