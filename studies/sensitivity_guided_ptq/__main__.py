@@ -22,10 +22,6 @@ from .._guided import KEEP, Cell, Place
 SHARES = {"resnet20": 0.5, "minilm": 0.27, "mobilenet_v1": 0.23}
 """Of the time, by network."""
 
-GREEDY = {"resnet20": 1}
-"""Seeds of the greedy search by default, on the modelled target: it evaluates a plan for every site and technique."""
-
-
 def metrics(samples: int, seed: int) -> Mapping[str, Sensitivity]:
     """On so many samples: as many as a seed draws, fewer where every site costs a pass of them."""
     few = max(samples // 4, 8)
@@ -46,19 +42,19 @@ def places(threads: int) -> tuple[Place, Place]:
 
 
 def cells(
-    where: Sequence[Place], samples: int, seeds: int, keeps: Sequence[float], greedy: int, greedy_on: Sequence[Place]
+    where: Sequence[Place], samples: int, seeds: int, keeps: Sequence[float], greedy: Sequence[Place]
 ) -> Iterator[Cell]:
-    """Seed by seed, so that time that runs out leaves whole seeds."""
+    """Seed by seed, so that time that runs out leaves whole seeds. ``greedy``: where that search is run as well, at the
+    first of the parts that are kept: it evaluates a plan for every site and technique."""
     for seed in range(seeds):
         for place in where:
             for keep in keeps:
                 for name, metric in metrics(samples, seed).items():
                     yield Cell(place, name, metric, Bisection(order="loss"), keep, seed)
                 yield Cell(place, "random order", None, Bisection(order="random", seed=seed), keep, seed)
-        if seed < greedy:
-            for place in greedy_on:
-                for name, metric in metrics(samples, seed).items():
-                    yield Cell(place, name, metric, Greedy(order="loss"), keeps[0], seed)
+        for place in greedy:
+            for name, metric in metrics(samples, seed).items():
+                yield Cell(place, name, metric, Greedy(order="loss"), keeps[0], seed)
 
 
 def main() -> None:
@@ -70,9 +66,9 @@ def main() -> None:
         study.part(SHARES[name] / total)
         subject = study.subject(name)
         samples = subject.size.calibration
-        greedy = (seeds, where) if full else (GREEDY.get(name, 0), where[:1])
+        greedy = where if full else where[:1]
         seed = 0
-        for cell in cells(where, samples, seeds, KEEP, *greedy):
+        for cell in cells(where, samples, seeds, KEEP, greedy):
             if cell.seed != seed:
                 subject.forget()
                 seed = cell.seed
