@@ -22,6 +22,7 @@ from .._guided import KEEP, Cell, Place
 SHARES = {"resnet20": 0.5, "minilm": 0.27, "mobilenet_v1": 0.23}
 """Of the time, by network."""
 
+
 def metrics(samples: int, seed: int) -> Mapping[str, Sensitivity]:
     """On so many samples: as many as a seed draws, fewer where every site costs a pass of them."""
     few = max(samples // 4, 8)
