@@ -292,6 +292,7 @@ def _put(graph: ir.Graph, what: Candidate, packed: Packed) -> None:
             "x_zero": what.x.zero,
             "y_scale": what.y.scale,
             "y_zero": what.y.zero,
+            "y_signed": int(what.y.signed),
             "low": what.low,
             "high": what.high,
             "residual_scale": residual.scale if residual is not None else 1.0,
