@@ -77,6 +77,7 @@ from .technique import Technique as Technique
 from .technique import Wants as Wants
 from .techniques.float_ import Float as Float
 from .techniques.int_ import Int as Int
+from .techniques.winograd import Winograd as Winograd
 from .verify import Check as Check
 from .verify import verify as verify
 
@@ -131,6 +132,7 @@ __all__ = [
     "UnknownSiteError",
     "Unlabelled",
     "Wants",
+    "Winograd",
     "apply",
     "choose_ranges",
     "default_steps",
