@@ -10,7 +10,8 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from bitsmith.export.rewrite import rewritten
-from bitsmith.export.winograd import DOMAIN, Candidate, Packed, convolutions, name_of, with_kernels
+from bitsmith.export.translations import DOMAIN
+from bitsmith.export.winograd import Candidate, Packed, convolutions, name_of, with_kernels
 from bitsmith.technique import No
 
 from .winograd_op import BT, G, WinogradConv

@@ -65,4 +65,6 @@ class WinogradConv(OpRun):  # type: ignore[misc]
                 given["residual_scale"]
             )
         steps = np.clip(y * (np.float32(1) / np.float32(a["y_scale"])), -4096, 4096)
-        return ((np.rint(steps) + a["y_zero"]).clip(a["low"], a["high"]).astype(np.int8 if given["y_signed"] else np.uint8),)
+        return (
+            (np.rint(steps) + a["y_zero"]).clip(a["low"], a["high"]).astype(np.int8 if given["y_signed"] else np.uint8),
+        )

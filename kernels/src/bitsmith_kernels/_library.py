@@ -54,15 +54,20 @@ class Call(c.Structure):
     )
 
 
+def folders() -> tuple[Path, ...]:
+    """Where the libraries may lie: an editable install keeps what was built elsewhere on the package's path."""
+    return (Path(__file__).parent, *(Path(p) for p in sys.modules[__package__].__path__))
+
+
 def path() -> Path:
     """The file of the shared library. Raises ``ImportError`` where there is none."""
-    folder = Path(__file__).parent
     name = "libbitsmith_kernels" + (".dylib" if sys.platform == "darwin" else ".so")
-    # an editable install keeps what was built elsewhere on the package's path
-    for candidate in (folder, *(Path(p) for p in sys.modules[__package__].__path__)):
-        if (candidate / name).is_file():
-            return candidate / name
-    raise ImportError(f"bitsmith_kernels: {name} is not in {folder}; install it again with 'pip install ./kernels'")
+    for folder in folders():
+        if (folder / name).is_file():
+            return folder / name
+    raise ImportError(
+        f"bitsmith_kernels: {name} is not in {folders()[0]}; install it again with 'pip install ./kernels'"
+    )
 
 
 @functools.cache

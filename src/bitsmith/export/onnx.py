@@ -122,6 +122,8 @@ def site_map(model: onnx.ModelProto, sites: Iterable[str] = ()) -> tuple[dict[st
     for node, origin, notes in zip(graph.node, origins, metadata, strict=True):
         if origin.tensor and node.op_type == DEQUANTIZE:
             converted.setdefault(origin.tensor, node.output[0])
+        if origin.tensor and node.op_type == "Transpose":  # behind a kernel in NHWC, as the dequantizer before it
+            converted[origin.tensor] = node.output[0]
         if not origin.site:
             continue
         nodes.setdefault(notes.get(_OWNER, origin.site), []).append(node.name)

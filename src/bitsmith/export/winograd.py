@@ -1,7 +1,7 @@
 """Integer 3x3 convolutions of a graph replaced by the Winograd operation of ``bitsmith-kernels``.
 
-``Dequantize -> Conv -> [Quantize -> Dequantize] -> [Add(Dequantize)] -> [Relu or Clip] -> Quantize`` becomes one node
-of the domain ``bitsmith``, whoever made the graph: 8-bit integers in NHWC in, the same out. Around it stand
+``Dequantize -> Conv or Winograd -> [Quantize -> Dequantize] -> [Add(Dequantize)] -> [Relu or Clip] -> Quantize``
+becomes one node, whoever made the graph: 8-bit integers in NHWC in, the same out. Around it stand
 ``Quantize, Transpose`` and ``Dequantize, Transpose``, in that order, which OpenVINO turns into a layout and not into a
 copy; with ``Transpose, Dequantize`` the next convolution would silently run in float.
 """
@@ -27,11 +27,12 @@ from .rewrite import (
     replacement,
     same_parameters,
 )
+from .translations import DOMAIN, WINOGRAD
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-DOMAIN, OPERATION = "bitsmith", "WinogradConv"
+OPERATION = "WinogradConv"
 NHWC, NCHW = [0, 2, 3, 1], [0, 3, 1, 2]
 
 
@@ -46,16 +47,28 @@ class Levels:
 
 
 @dataclass(frozen=True)
+class Packed:
+    """What the kernel reads of one layer: ``u`` [P, K, C] int8 or int16, ``mul`` int16 [P], ``us`` float32 [P, K]."""
+
+    tile: int
+    bits: int
+    u: Array
+    mul: Array
+    us: Array
+
+
+@dataclass(frozen=True)
 class Candidate:
     """A convolution with all that the kernel computes along with it.
 
-    ``weight`` float64 [K, C, 3, 3] and ``bias`` float32 [K], as the graph's integers stand for them. ``pads``: top,
-    left, bottom, right. ``end``: the quantizer behind; its integers lie in ``low`` to ``high``.
+    ``weight`` float64 [K, C, 3, 3], as the graph's integers stand for them, or what the technique ``packed`` already.
+    ``bias`` float32 [K]. ``pads``: top, left, bottom, right. ``end``: the quantizer behind; its integers lie in ``low``
+    to ``high``.
     """
 
     node: ir.Node
     x: Levels
-    weight: Array
+    weight: Array | Packed
     bias: Array
     pads: tuple[int, int, int, int]
     residual: Levels | None
@@ -69,17 +82,6 @@ class Candidate:
         return name_of(self.node)
 
 
-@dataclass(frozen=True)
-class Packed:
-    """What the kernel reads of one layer: ``u`` [P, K, C] int8 or int16, ``mul`` int16 [P], ``us`` float32 [P, K]."""
-
-    tile: int
-    bits: int
-    u: Array
-    mul: Array
-    us: Array
-
-
 def name_of(node: ir.Node) -> str:
     """The node's name, or that of its output where it has none."""
     return str(node.name or node.outputs[0].name)
@@ -88,25 +90,18 @@ def name_of(node: ir.Node) -> str:
 def convolutions(graph: ir.Graph) -> Iterator[tuple[ir.Node, Candidate | No]]:
     """Every convolution of the graph, and what the kernel would compute of it or why it cannot."""
     for node in graph:
-        if node.op_type == "Conv" and node.domain in ("", "ai.onnx"):
+        if (node.domain, node.op_type) in (("", "Conv"), (DOMAIN, WINOGRAD)):
             yield node, candidate(node)
 
 
 def candidate(node: ir.Node) -> Candidate | No:
     """What the kernel would compute in the place of a convolution and of what follows, or why it cannot."""
-    refusal = _shape_refusal(node)
-    if refusal is not None:
-        return refusal
-    x, weight = levels(node.inputs[0]), dequantized(node.inputs[1])
+    x = levels(node.inputs[0])
+    own = _transformed(node) if node.op_type == WINOGRAD else _ordinary(node)
+    if isinstance(own, No):
+        return own
     if x is None:
         return No("its input is no 8-bit tensor with one scale")
-    if weight is None:
-        return No("its weights are no constants")
-    if weight.shape[2:] != (3, 3):
-        return No(f"its kernel is {'x'.join(map(str, weight.shape[2:]))}, not 3x3")
-    bias = dequantized(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else 0.0
-    if bias is None:
-        return No("its bias is no constant")
     behind = _behind(node)
     if isinstance(behind, No):
         return behind
@@ -115,18 +110,35 @@ def candidate(node: ir.Node) -> Candidate | No:
     if y is None:
         return No("its output is quantized to no 8-bit tensor with one scale")
     top, left, bottom, right = node.attributes.get_ints("pads", [0] * 4)
-    return Candidate(
-        node=node,
-        x=x,
-        weight=weight.astype(np.float64),
-        bias=np.broadcast_to(np.asarray(bias, dtype=np.float32), (weight.shape[0],)).copy(),
-        pads=(top, left, bottom, right),
-        residual=residual,
-        end=end,
-        y=y,
-        low=_level(low, y),
-        high=_level(high, y),
-    )
+    weight, bias = own
+    pads = (top, left, bottom, right)
+    return Candidate(node, x, weight, bias, pads, residual, end, y, _level(low, y), _level(high, y))
+
+
+def _transformed(node: ir.Node) -> tuple[Packed, Array] | No:
+    """What a node of the technique holds."""
+    if list(node.attributes.get_ints("kernel", [])) != [3, 3]:
+        return No("its kernel is no 3x3: there is no native kernel for those")
+    u, mul, us, bias = (constant(value) for value in node.inputs[1:5])
+    if u is None or mul is None or us is None or bias is None:
+        return No("its weights are no constants")
+    return Packed(node.attributes.get_int("tile", 0), node.attributes.get_int("bits", 0), u, mul, us), bias
+
+
+def _ordinary(node: ir.Node) -> tuple[Array, Array] | No:
+    """Weights and bias of a convolution that Winograd's algorithm can compute."""
+    refusal = _shape_refusal(node)
+    weight = dequantized(node.inputs[1])
+    if refusal is not None:
+        return refusal
+    if weight is None:
+        return No("its weights are no constants")
+    if weight.shape[2:] != (3, 3):
+        return No(f"its kernel is {'x'.join(map(str, weight.shape[2:]))}, not 3x3")
+    bias = dequantized(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else np.zeros(())
+    if bias is None:
+        return No("its bias is no constant")
+    return weight.astype(np.float64), np.broadcast_to(bias.astype(np.float32), (weight.shape[0],)).copy()
 
 
 def _level(bound: float, y: Levels) -> int:
@@ -253,18 +265,28 @@ def _along(parameter: Array, array: Array, node: ir.Node) -> Array:
 # -- the other way round -----------------------------------------------------------------------------------------------
 
 
-def with_kernels(chosen: Sequence[str], pack: Callable[[Candidate], Packed]) -> Callable[[ir.Graph], None]:
+def own_kernels(graph: ir.Graph) -> None:
+    """The pass that gives every convolution of the technique its kernel. Raises ``ValueError`` where it cannot."""
+    with_kernels([name_of(node) for node in graph if (node.domain, node.op_type) == (DOMAIN, WINOGRAD)])(graph)
+
+
+def with_kernels(
+    chosen: Sequence[str], pack: Callable[[Candidate], Packed] | None = None
+) -> Callable[[ir.Graph], None]:
     """The pass that puts the kernel in the place of the convolutions of these names. Raises ``ValueError`` for one that
-    cannot be replaced."""
+    cannot be replaced. ``pack``: the taps of ordinary convolutions."""
 
     def rewrite(graph: ir.Graph) -> None:
-        nodes = {name_of(node): node for node in graph if node.op_type == "Conv"}
+        nodes = {name_of(node): node for node, _ in convolutions(graph)}
         for name in chosen:
             # looked at anew each time: what was replaced before gives other values
             what = candidate(nodes[name]) if name in nodes else No("the graph has no such convolution")
             if isinstance(what, No):
                 raise ValueError(f"{name} cannot be computed by the Winograd kernel: {what}")
-            _put(graph, what, pack(what))
+            packed = what.weight if isinstance(what.weight, Packed) else pack(what) if pack is not None else None
+            if packed is None:
+                raise ValueError(f"{name}: nothing says how its weights are transformed")
+            _put(graph, what, packed)
         join_layouts(graph)
 
     return rewrite
@@ -355,6 +377,7 @@ def join_layouts(graph: ir.Graph) -> None:
         inner = replacement(DEQUANTIZE, [source.inputs[0], *node.inputs[1:]], node, attributes(node))
         inner.outputs[0].shape = source.inputs[0].shape if source.inputs[0] is not None else None
         turn = ir.node("Transpose", [inner.outputs[0]], {"perm": NCHW}, name=f"{node.name}.nchw")
+        turn.metadata_props.update(node.metadata_props)
         turn.outputs[0].name = f"{node.outputs[0].name}.nchw"
         turn.outputs[0].type, turn.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
         graph.insert_before(node, [inner, turn])
