@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..export.translations import DOMAIN
+from ..export.winograd import OPERATION
 from ..model.formats import place
 from ..plan import Plan
 from ..site import Format, Record, Site
@@ -58,9 +59,10 @@ def core(openvino: Any, needed: bool) -> Any:
 
 
 def needed_by(network: Path | onnx.ModelProto) -> bool:
-    """Whether a graph, or an .xml file of OpenVINO, has our operation."""
+    """Whether a graph, or a file of OpenVINO or ONNX, has our operation."""
     if isinstance(network, Path):
-        return network.suffix == ".xml" and b'version="bitsmith"' in network.read_bytes()
+        marks = {".xml": b'version="bitsmith"', ".onnx": OPERATION.encode()}
+        return network.suffix in marks and marks[network.suffix] in network.read_bytes()
     return any(node.domain == DOMAIN for node in network.graph.node)
 
 

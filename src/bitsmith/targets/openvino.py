@@ -170,13 +170,24 @@ class OpenVino(Target):
         self, model: onnx.ModelProto, path: str | Path, sites: Sequence[str], plan: Plan, batch: int | None = None
     ) -> Artifact:
         """Read a graph into OpenVINO and save it, its weights and its map."""
-        openvino = _openvino()
-        path, exported = Path(path), openvino_form(model)
+        exported = openvino_form(model)
+        return self.save(exported, path, *site_map(exported, sites), plan, batch)
+
+    def save(
+        self,
+        exported: onnx.ModelProto,
+        path: str | Path,
+        nodes: Mapping[str, Sequence[str]],
+        values: Mapping[str, str],
+        plan: Plan,
+        batch: int | None = None,
+    ) -> Artifact:
+        """The artifact of a graph as it is; ``nodes``, ``values``: its map, by names in the graph."""
+        openvino, path = _openvino(), Path(path)
         if path.suffix != ".xml":
             raise ValueError(
                 f"{path}: OpenVINO reads a network from an .xml file and its weights from the .bin beside it"
             )
-        nodes, values = site_map(exported, sites)
         core = _openvino_kernels.core(openvino, _openvino_kernels.needed_by(exported))
         network = core.read_model(exported.SerializeToString())
         _name_operations(network, exported)
