@@ -156,10 +156,9 @@ def _read(path: Path) -> onnx.ModelProto:
             f"{path} has no DequantizeLinear: it is not quantized in the QDQ form; quantize it first, with "
             "bitsmith quantize or another tool"
         )
-    fed = {value.name for value in model.graph.initializer}
-    for value in model.graph.input:
+    for value in _inputs(model):
         sizes = [axis.dim_value for axis in value.type.tensor_type.shape.dim]
-        if value.name not in fed and not all(sizes):
+        if not all(sizes):
             raise AccelerateError(
                 f"{path}: input {value.name!r} has no fixed shape ({sizes}, 0 is open): layout changes around the "
                 "kernels are then not free; give it one, such as with onnxruntime.tools.make_dynamic_shape_fixed"
@@ -167,12 +166,23 @@ def _read(path: Path) -> onnx.ModelProto:
     return model
 
 
+def batch_size(path: Path) -> int:
+    """Samples that the file takes at once. Raises :class:`AccelerateError` for a file that cannot be accelerated."""
+    sizes = [axis.dim_value for axis in _inputs(_read(path))[0].type.tensor_type.shape.dim]
+    return int(sizes[0]) if sizes else 1
+
+
+def _inputs(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
+    """What is fed, without the weights that old files list as well."""
+    fed = {value.name for value in model.graph.initializer}
+    return [value for value in model.graph.input if value.name not in fed]
+
+
 def _batches(model: onnx.ModelProto, data: Iterable[Any] | None) -> list[tuple[Array, ...]]:
     """The inputs of every batch, in the graph's order."""
     import onnx
 
-    fed = {value.name for value in model.graph.initializer}
-    inputs = [value for value in model.graph.input if value.name not in fed]
+    inputs = _inputs(model)
     shapes = [tuple(axis.dim_value for axis in value.type.tensor_type.shape.dim) for value in inputs]
     types = [onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type) for value in inputs]
     if data is None:
