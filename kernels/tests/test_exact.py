@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import contract
 import numpy as np
 import pytest
-from bitsmith_kernels import Winograd, isas
-from contract import Case
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+import contract
+from bitsmith_kernels import Winograd, isas
+from contract import Case
 
 FORMS = [(2, 8), (4, 8), (2, 16), (4, 16)]
 
