@@ -39,7 +39,6 @@ std::ptrdiff_t block_tiles_of(const Kernel& kernel, std::ptrdiff_t group_tiles, 
 
 Layer::Layer(const Spec& spec)
     : tile_(spec.tile),
-      bits_(spec.bits),
       isa_(spec.isa),
       x_signed_(spec.x_signed),
       pads_{spec.pad_top, spec.pad_left, spec.pad_bottom, spec.pad_right} {

@@ -147,6 +147,7 @@ def test_any_shape(data: st.DataObject) -> None:
         ((1, 28, 30), (3, 33)),
         ((1, 56, 56), (16, 16)),  # several blocks of tiles, and a block of one column
         ((1, 5, 3), (131, 49)),
+        ((1, 24, 20), (200, 40)),  # weights beyond the second-level cache: larger groups of tiles
         ((1, 9, 40), (32, 24)),
     ],
 )

@@ -1,4 +1,4 @@
-"""The speed of a kernel is that of its inner loop: gcc spills accumulators at slight changes, and no result shows it."""
+"""The speed of a kernel is that of its inner loop: gcc spills accumulators at slight changes."""
 
 from __future__ import annotations
 
