@@ -52,7 +52,8 @@ struct Chain {
         }
         for (Buffer& image : images) {
             image.reserve(static_cast<std::size_t>(map) * map * channels);
-            for (std::size_t i = 0; i < image.size(); ++i) image.as<std::uint8_t>()[i] = static_cast<std::uint8_t>(random());
+            std::uint8_t* const levels = image.as<std::uint8_t>();
+            for (std::size_t i = 0; i < image.size(); ++i) levels[i] = static_cast<std::uint8_t>(random());
         }
     }
 
@@ -80,8 +81,8 @@ void report(Isa isa, int tile, int bits, int channels, int map, double peak) {
     const double direct = 9.0 * map * map * channels * channels;
     const int tiles = (map + tile - 1) / tile;
     const double done = static_cast<double>((tile + 2) * (tile + 2)) * tiles * tiles * channels * channels;
-    std::printf("F(%d,3) %2d bits %4d @ %2d  median %.4f ms  best %.4f  p90 %.4f   direct-equivalent %6.0f GMAC/s   done %5.0f"
-                " = %3.0f %% of the peak\n",
+    std::printf("F(%d,3) %2d bits %4d @ %2d  median %.4f ms  best %.4f  p90 %.4f   direct-equivalent %6.0f GMAC/s"
+                "   done %5.0f = %3.0f %% of the peak\n",
                 tile, bits, channels, map, median * 1e3, times[0] * 1e3, times[times.size() * 9 / 10] * 1e3,
                 direct / median * 1e-9, done / median * 1e-9, done / median / peak * 100);
 }

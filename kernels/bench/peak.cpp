@@ -41,9 +41,11 @@ double best_rate(double macs_of_round, Round round) {
 double peak_of(Isa isa, int bits) {
     const double byte = bits == 8 ? 1 : 0.5;
     if (isa == Isa::avx512_vnni && bits == 8)
-        return best_rate(12 * 64, [] { __asm__ volatile(TWELVE("vpdpbusd %%zmm14, %%zmm15, ", "%%zmm")::: CLOBBERED); });
+        return best_rate(12 * 64,
+                         [] { __asm__ volatile(TWELVE("vpdpbusd %%zmm14, %%zmm15, ", "%%zmm")::: CLOBBERED); });
     if (isa == Isa::avx512_vnni)
-        return best_rate(12 * 32, [] { __asm__ volatile(TWELVE("vpdpwssd %%zmm14, %%zmm15, ", "%%zmm")::: CLOBBERED); });
+        return best_rate(12 * 32,
+                         [] { __asm__ volatile(TWELVE("vpdpwssd %%zmm14, %%zmm15, ", "%%zmm")::: CLOBBERED); });
     if (isa == Isa::avx_vnni)
         return best_rate(12 * 32 * byte,
                          [] { __asm__ volatile(TWELVE("%{vex%} vpdpbusd %%ymm14, %%ymm15, ", "%%ymm")::: CLOBBERED); });

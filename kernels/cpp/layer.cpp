@@ -20,8 +20,8 @@ const Kernel* find(Isa isa, int tile, int bits) {
 
 std::ptrdiff_t round_up(std::ptrdiff_t a, std::ptrdiff_t b) { return (a + b - 1) / b * b; }
 
-// Tiles whose products are held at once: few, so that they stay in the first-level cache; twice as many where the weights
-// that they share are too large to stay in the second-level one and would be fetched again for each group.
+// Tiles whose products are held at once: few, so that they stay in the first-level cache; twice as many where the
+// weights that they share are too large to stay in the second-level one and would be fetched again for each group.
 std::ptrdiff_t group_tiles_of(const Kernel& kernel, std::ptrdiff_t weight_bytes_of_block) {
     constexpr std::ptrdiff_t many_bytes = 200 << 10;
     return kernel.rows * (weight_bytes_of_block > many_bytes ? 2 : 1);

@@ -104,10 +104,10 @@ bool one_case(Random& random, int number) {
                 y = std::make_unique<Guarded>(out, after);
                 call.y = y->data();
             } else if (std::memcmp(y->data(), expected->data(), out)) {
-                std::printf("case %d: %s differs from the reference: tile %d, bits %d, %td -> %td channels, map %td x %td, "
-                            "%d threads\n",
-                            number, name_of(isa), spec.tile, spec.bits, spec.channels_in, spec.channels_out, call.height,
-                            call.width, call.parts);
+                std::printf("case %d: %s differs from the reference: tile %d, bits %d, %td -> %td channels, "
+                            "map %td x %td, %d threads\n",
+                            number, name_of(isa), spec.tile, spec.bits, spec.channels_in, spec.channels_out,
+                            call.height, call.width, call.parts);
                 return false;
             }
         }

@@ -1,4 +1,4 @@
-// Memory with an unreadable page on both sides, one of them directly at the data: every access out of bounds is a crash,
+// Memory with an unreadable page on both sides, one of them directly at the data: an access beyond that end is a crash,
 // also of masked loads and stores, which the address sanitizer does not see.
 #pragma once
 

@@ -14,13 +14,15 @@ build() {  # folder, further definitions
     local folder=$1
     shift
     echo "== $(basename "$folder")"
-    cmake -S "$source" -B "$folder" -G Ninja -DBITSMITH_KERNELS_DRIVER=ON "$@" >"$work/log" || { cat "$work/log"; return 1; }
+    cmake -S "$source" -B "$folder" -G Ninja -DBITSMITH_KERNELS_DRIVER=ON "$@" >"$work/log" ||
+        { cat "$work/log"; return 1; }
     ninja -C "$folder" -j "$jobs" driver bitsmith_kernels >"$work/log" || { cat "$work/log"; return 1; }
 }
 
 valgrind_run() {
     build "$work/valgrind" -DCMAKE_CXX_FLAGS=-g1
-    valgrind -q --error-exitcode=1 --leak-check=full --show-leak-kinds=definite --errors-for-leak-kinds=definite "$work/valgrind/driver" 40
+    valgrind -q --error-exitcode=1 --leak-check=full --show-leak-kinds=definite --errors-for-leak-kinds=definite \
+        "$work/valgrind/driver" 40
 }
 
 thread_run() {

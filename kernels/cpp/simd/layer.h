@@ -88,12 +88,13 @@ template <class S, int Tile, bool Residual>
     using R = typename S::Real;
     R half[Tile * T], o[Tile * Tile];
     unroll<T>([&](auto j) __attribute__((always_inline)) {
-        transform_output<S, Tile, T>([&](int i) __attribute__((always_inline)) { return S::load(f + (i * T + j) * tap); },
-                                     half + j);
+        const auto product = [&](int i) __attribute__((always_inline)) { return S::load(f + (i * T + j) * tap); };
+        transform_output<S, Tile, T>(product, half + j);
     });
     const R inverse = S::real(pass.inverse), low = S::real(pass.low), high = S::real(pass.high);
     unroll<Tile>([&](auto i) __attribute__((always_inline)) {
-        transform_output<S, Tile, 1>([&](int j) __attribute__((always_inline)) { return half[i * T + j]; }, o + i * Tile);
+        const auto value_of = [&](int j) __attribute__((always_inline)) { return half[i * T + j]; };
+        transform_output<S, Tile, 1>(value_of, o + i * Tile);
         unroll<Tile>([&](auto j) __attribute__((always_inline)) {
             if (i < place.rows && j < place.columns) {
                 const std::ptrdiff_t at = (place.out + i * pass.out_width + j) * layer.channels_out + channel;
