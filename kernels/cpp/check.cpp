@@ -39,7 +39,7 @@ void need_moderate(const float* values, std::ptrdiff_t count, const char* name) 
 void need_levels(const Levels& levels, const char* name) {
     // normal, and its inverse as well
     if (!(levels.scale >= 0x1p-126f && levels.scale <= 0x1p+126f))
-        refuse(std::string(name) + " scale is " + text(levels.scale) + "; must be finite and positive, in 2^-126 .. 2^126");
+        refuse(std::string(name) + " scale is " + text(levels.scale) + "; must be positive and in 2^-126 .. 2^126");
     const int least = levels.is_signed ? -128 : 0;
     if (levels.zero < least || levels.zero > least + 255)
         refuse(std::string(name) + " zero point is " + text(levels.zero) + "; must be in " + text(least) + " .. " +

@@ -8,6 +8,7 @@
 namespace bitsmith {
 
 constexpr int max_taps = 36;
+constexpr std::ptrdiff_t max_block_tiles = 64;
 
 // One layer, packed for one instruction set.
 //
@@ -28,6 +29,7 @@ struct Packed {
     std::ptrdiff_t v_row;        // bytes of one row of V
     std::ptrdiff_t v_tap;        // bytes of all rows of V of one tap
     std::ptrdiff_t block_tiles;  // tiles transformed together
+    std::ptrdiff_t group_tiles;  // tiles of a block multiplied and transformed back together
 };
 
 // One call: a batch of images and what is fused behind the convolution.
@@ -59,7 +61,7 @@ struct Kernel {
     int lanes;                   // output channels of a column; 1: u is [tap][channel out][channel in], unpacked
     bool bytes;                  // V is kept as unsigned bytes V + 128, else as int16
     int chunk;                   // channels of one step of the input transform: v_row is padded to it
-    int group_tiles;             // tiles whose products are held at once, in the first-level cache
+    int rows;                    // tiles that its innermost loop takes at once
     void (*run)(const Packed&, const Pass&, const Part&);
 };
 

@@ -1,7 +1,6 @@
 #include "layer.h"
 
 #include <algorithm>
-#include <cmath>
 
 #include "check.h"
 #include "pack.h"
@@ -21,18 +20,25 @@ const Kernel* find(Isa isa, int tile, int bits) {
 
 std::ptrdiff_t round_up(std::ptrdiff_t a, std::ptrdiff_t b) { return (a + b - 1) / b * b; }
 
-// V of a block should fit in half of a small second-level cache, with the weights that are multiplied by it.
-std::ptrdiff_t tiles_of_block(const Kernel& kernel, std::ptrdiff_t v_bytes_of_tile) {
-    constexpr std::ptrdiff_t most_bytes = 256 << 10, most_groups = 4;
-    const std::ptrdiff_t groups = most_bytes / (v_bytes_of_tile * kernel.group_tiles);
-    return kernel.group_tiles * std::clamp<std::ptrdiff_t>(groups, 1, most_groups);
+// Tiles whose products are held at once: few, so that they stay in the first-level cache; twice as many where the
+// weights that they share are too large to stay in the second-level one and would be fetched again for each group.
+std::ptrdiff_t group_tiles_of(const Kernel& kernel, std::ptrdiff_t weight_bytes_of_block) {
+    constexpr std::ptrdiff_t many_bytes = 200 << 10;
+    return kernel.rows * (weight_bytes_of_block > many_bytes ? 2 : 1);
+}
+
+// Tiles transformed at once: as many as leave V in half of a second-level cache, because all weights are streamed again
+// for the next ones. Whole innermost loops, as far as that goes.
+std::ptrdiff_t block_tiles_of(const Kernel& kernel, std::ptrdiff_t group_tiles, std::ptrdiff_t v_bytes_of_tile) {
+    constexpr std::ptrdiff_t most_bytes = 512 << 10;
+    const std::ptrdiff_t tiles = std::clamp(most_bytes / v_bytes_of_tile, group_tiles, max_block_tiles);
+    return tiles / kernel.rows * kernel.rows;
 }
 
 }  // namespace
 
 Layer::Layer(const Spec& spec)
     : tile_(spec.tile),
-      bits_(spec.bits),
       isa_(spec.isa),
       x_signed_(spec.x_signed),
       pads_{spec.pad_top, spec.pad_left, spec.pad_bottom, spec.pad_right} {
@@ -46,7 +52,8 @@ Layer::Layer(const Spec& spec)
     std::copy_n(spec.mul, taps, packed_.mul);
     packed_.x_zero = spec.x_zero;
     packed_.v_row = round_up(spec.channels_in, kernel_->chunk) * size;
-    packed_.block_tiles = tiles_of_block(*kernel_, packed_.v_row * taps);
+    packed_.group_tiles = group_tiles_of(*kernel_, taps * packed_.groups * 2 * kernel_->lanes * 4);
+    packed_.block_tiles = block_tiles_of(*kernel_, packed_.group_tiles, packed_.v_row * taps);
     // not a multiple of 4096, so that the taps of one tile do not share a set of the cache
     packed_.v_tap = round_up(packed_.block_tiles * packed_.v_row, 64) + 128;
     pack(spec, *kernel_, {u_, start_, us_, bias_, outside_});
@@ -96,7 +103,7 @@ void Layer::run(const Call& call, const ParallelFor& parallel_for) const {
     const std::ptrdiff_t parts = std::min<std::ptrdiff_t>(call.parts, by_channels ? blocks : tiles);
     const std::size_t taps = static_cast<std::size_t>((tile_ + 2) * (tile_ + 2));
     const std::size_t scratch_bytes = taps * (static_cast<std::size_t>(packed_.v_tap) +
-                                              static_cast<std::size_t>(kernel_->group_tiles * whole) * sizeof(float));
+                                              static_cast<std::size_t>(packed_.group_tiles * whole) * sizeof(float));
     const auto work = [&](int i) {
         static thread_local Buffer scratch;
         Part part{0, tiles, 0, blocks, scratch.reserve(scratch_bytes)};

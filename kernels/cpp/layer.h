@@ -64,7 +64,7 @@ public:
     Isa isa() const { return isa_; }
 
 private:
-    int tile_, bits_;
+    int tile_;
     Isa isa_;
     bool x_signed_;
     int pads_[4];                        // top, left, bottom, right

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import contract
 import numpy as np
 import pytest
-from bitsmith_kernels import Winograd, isas
-from contract import Case
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+import contract
+from bitsmith_kernels import Winograd, isas
+from contract import Case
 
 FORMS = [(2, 8), (4, 8), (2, 16), (4, 16)]
 
@@ -146,6 +147,7 @@ def test_any_shape(data: st.DataObject) -> None:
         ((1, 28, 30), (3, 33)),
         ((1, 56, 56), (16, 16)),  # several blocks of tiles, and a block of one column
         ((1, 5, 3), (131, 49)),
+        ((1, 24, 20), (200, 40)),  # weights beyond the second-level cache: larger groups of tiles
         ((1, 9, 40), (32, 24)),
     ],
 )

@@ -1,4 +1,4 @@
-"""The speed of a kernel is that of its inner loop: gcc spills accumulators at slight changes, and nothing else notices."""
+"""The speed of a kernel is that of its inner loop: gcc spills accumulators at slight changes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import platform
 import shutil
 
 import pytest
+
 from bitsmith_kernels import _library
 from hot_loop import functions, hot_loop
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from bitsmith_kernels import Winograd, isas
 
 
@@ -79,7 +80,7 @@ def test_overflow_of_16_bits_is_refused_at_the_bound_and_not_below(isa: str, x_s
 
 
 def test_overflow_of_8_bits_is_refused_by_channels() -> None:
-    with pytest.raises(ValueError, match="132105 input channels.*at most 132104"):
+    with pytest.raises(ValueError, match=r"132105 input channels.*at most 132104"):
         Winograd(**arguments(channels_in=132105, channels_out=1))
     Winograd(**arguments(channels_in=132104, channels_out=1))
 

@@ -15,7 +15,6 @@ struct Avx512Vnni {
     static constexpr int lanes = 16;
     static constexpr int words = 32;
     static constexpr int rows = 14;  // 14 x 2 accumulators, 2 of weights, 1 broadcast: 31 of 32 registers
-    static constexpr int group_tiles = 14;
     static constexpr bool dots_bytes = true;
 
     static Int load(const void* p) { return _mm512_loadu_si512(p); }

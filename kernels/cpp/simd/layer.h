@@ -8,11 +8,10 @@
 
 namespace {
 
+using bitsmith::max_block_tiles;
 using bitsmith::Packed;
 using bitsmith::Part;
 using bitsmith::Pass;
-
-constexpr std::ptrdiff_t max_block_tiles = 64;
 
 // Where a tile lies: its first input pixel (may be outside the image) and what it writes.
 struct Place {
@@ -41,13 +40,13 @@ template <class S, int Tile, int Bits, bool Signed, bool Partial>
                                                const Packed& layer, std::uint8_t* v) {
     constexpr int T = Tile + 2, taps = T * T;
     typename S::Word d[taps];
-    unroll<taps>([&](auto p) [[gnu::always_inline]] {
+    unroll<taps>([&](auto p) __attribute__((always_inline)) {
         d[p] = S::template widen<Signed, Partial>(pixel[p] + channel, count);
     });
-    unroll<T>([&](auto j) [[gnu::always_inline]] { transform_input<S, Tile, T>(d + j); });
-    unroll<T>([&](auto i) [[gnu::always_inline]] { transform_input<S, Tile, 1>(d + i * T); });
+    unroll<T>([&](auto j) __attribute__((always_inline)) { transform_input<S, Tile, T>(d + j); });
+    unroll<T>([&](auto i) __attribute__((always_inline)) { transform_input<S, Tile, 1>(d + i * T); });
     d[T + 1] = S::sub16(d[T + 1], S::word(layer.x_zero * constant_gain<Tile>));
-    unroll<taps>([&](auto p) [[gnu::always_inline]] {
+    unroll<taps>([&](auto p) __attribute__((always_inline)) {
         const typename S::Word scaled = S::scale16(d[p], S::word(layer.mul[p]));
         if constexpr (Bits == 16)
             S::store_words(v + p * layer.v_tap, scaled);
@@ -88,14 +87,15 @@ template <class S, int Tile, bool Residual>
     constexpr int T = Tile + 2;
     using R = typename S::Real;
     R half[Tile * T], o[Tile * Tile];
-    unroll<T>([&](auto j) [[gnu::always_inline]] {
-        transform_output<S, Tile, T>([&](int i) [[gnu::always_inline]] { return S::load(f + (i * T + j) * tap); },
-                                     half + j);
+    unroll<T>([&](auto j) __attribute__((always_inline)) {
+        const auto product = [&](int i) __attribute__((always_inline)) { return S::load(f + (i * T + j) * tap); };
+        transform_output<S, Tile, T>(product, half + j);
     });
     const R inverse = S::real(pass.inverse), low = S::real(pass.low), high = S::real(pass.high);
-    unroll<Tile>([&](auto i) [[gnu::always_inline]] {
-        transform_output<S, Tile, 1>([&](int j) [[gnu::always_inline]] { return half[i * T + j]; }, o + i * Tile);
-        unroll<Tile>([&](auto j) [[gnu::always_inline]] {
+    unroll<Tile>([&](auto i) __attribute__((always_inline)) {
+        const auto value_of = [&](int j) __attribute__((always_inline)) { return half[i * T + j]; };
+        transform_output<S, Tile, 1>(value_of, o + i * Tile);
+        unroll<Tile>([&](auto j) __attribute__((always_inline)) {
             if (i < place.rows && j < place.columns) {
                 const std::ptrdiff_t at = (place.out + i * pass.out_width + j) * layer.channels_out + channel;
                 R value = S::add(o[i * Tile + j], bias);
@@ -119,13 +119,13 @@ void channel_block(const Packed& layer, const Pass& pass, const Place* place, st
     constexpr bool bytes = Bits == 8 && S::dots_bytes;
     constexpr std::ptrdiff_t whole = 2 * S::lanes;
     const std::uint8_t* u = layer.u + block * taps * layer.groups * whole * 4;
-    const std::ptrdiff_t tap = S::group_tiles * N * S::lanes;
+    const std::ptrdiff_t tap = layer.group_tiles * N * S::lanes;
     for (int p = 0; p < taps; ++p) {
         const std::ptrdiff_t at = block * taps * whole + p * N * S::lanes;
         product<S, bytes, N>(tiles, v + p * layer.v_tap, layer.v_row, u + p * layer.groups * N * S::lanes * 4,
                              layer.groups, layer.start + at, layer.us + at, f + p * tap);
     }
-    unroll<N>([&](auto j) [[gnu::always_inline]] {
+    unroll<N>([&](auto j) __attribute__((always_inline)) {
         const std::ptrdiff_t channel = block * whole + j * S::lanes;
         const std::ptrdiff_t left = layer.channels_out - channel;
         const int count = static_cast<int>(left < S::lanes ? left : S::lanes);
@@ -158,7 +158,7 @@ void run(const Packed& layer, const Pass& pass, const Part& part) {
             else
                 input_tile<S, Tile, Bits, false>(layer, pass, place[t], v + t * layer.v_row);
         }
-        const std::ptrdiff_t groups = (tiles + S::group_tiles - 1) / S::group_tiles;
+        const std::ptrdiff_t groups = (tiles + layer.group_tiles - 1) / layer.group_tiles;
         for (std::ptrdiff_t k = part.block_begin; k < part.block_end; ++k) {
             const bool narrow = layer.channels_out - k * 2 * S::lanes <= S::lanes;
             for (std::ptrdiff_t g = 0, t = 0; g < groups; ++g) {
@@ -173,7 +173,7 @@ void run(const Packed& layer, const Pass& pass, const Part& part) {
 }
 
 template <class S, int Tile, int Bits>
-constexpr bitsmith::Kernel kernel_of = {S::lanes, Bits == 8 && S::dots_bytes, S::words, S::group_tiles,
+constexpr bitsmith::Kernel kernel_of = {S::lanes, Bits == 8 && S::dots_bytes, S::words, S::rows,
                                         run<S, Tile, Bits>};
 
 template <class S>

@@ -15,6 +15,8 @@ constexpr std::ptrdiff_t prefetch_ahead = 8192;  // bytes: transformed weights a
 template <class S, bool Bytes, int R, int N>
 [[gnu::noinline]] void micro(const std::uint8_t* a, std::ptrdiff_t row, const std::uint8_t* b, std::ptrdiff_t groups,
                              const std::int32_t* start, const float* us, float* out) {
+    // Sum is a vector of int32 and not S::Int: gcc 12 keeps a second copy of each, on the stack, where the types differ
+    // between the loop and what follows it.
     typename S::Sum acc[R][N];
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i)
@@ -44,7 +46,8 @@ template <class S, bool Bytes, int R, int N>
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 16
         for (int j = 0; j < N; ++j)
-            S::store(out + (i * N + j) * S::lanes, S::mul(S::to_real((typename S::Int)acc[i][j]), S::load(us + j * S::lanes)));
+            S::store(out + (i * N + j) * S::lanes,
+                     S::mul(S::to_real((typename S::Int)acc[i][j]), S::load(us + j * S::lanes)));
 }
 
 using Micro = void (*)(const std::uint8_t*, std::ptrdiff_t, const std::uint8_t*, std::ptrdiff_t, const std::int32_t*,

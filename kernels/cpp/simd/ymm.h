@@ -17,7 +17,6 @@ struct Ymm {
     static constexpr int lanes = 8;
     static constexpr int words = 16;
     static constexpr int rows = 6;  // 6 x 2 accumulators of 16 registers
-    static constexpr int group_tiles = 12;
 
     static Int load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
     static Int load(const std::int32_t* p) { return load(static_cast<const void*>(p)); }

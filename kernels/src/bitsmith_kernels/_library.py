@@ -72,7 +72,7 @@ def path() -> Path:
 
 @functools.cache
 def load() -> c.CDLL:
-    """The library, with the types of its functions. Raises ``ImportError`` where it is missing or of another version."""
+    """The library, with the types of its functions. Raises ``ImportError`` where it is missing or does not match."""
     library = c.CDLL(str(path()))
     library.bitsmith_abi.restype = c.c_int32
     if library.bitsmith_abi() != _ABI:

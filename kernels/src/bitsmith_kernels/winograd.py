@@ -21,21 +21,21 @@ class Winograd:
     """One layer: weights packed once, run on any number of images of any size, from any number of threads.
 
     ``tile``: 2 or 4, the outputs of a tile along each side: F(2x2, 3x3) or F(4x4, 3x3) of Lavin & Gray 2016
-    (arXiv:1509.09308). There are P = (tile + 2)^2 taps, tap p = i * (tile + 2) + j. ``bits``: 8 or 16, of the transformed
-    image V and weights U.
+    (arXiv:1509.09308). There are P = (tile + 2)^2 taps, tap p = i * (tile + 2) + j. ``bits``: 8 or 16, of the
+    transformed image V and weights U.
 
     ``u``: the transformed weights, integers [P, K, C] (K output and C input channels): int8 in -127 .. 127, or int16.
     ``mul``: integers [P] in 1 .. 32767; V[p] = (D[p] * mul[p] + 2^14) >> 15, D being B^T (x - x_zero) B.
     ``us``: float32 [P, K], the real value of one unit of sum(V * U), that is
     ``x_scale * 32768 / mul[p] * weight_scale[p, k]``. ``bias``: float32 [K] in real units, or ``None``.
 
-    ``x_zero``: the level of x that stands for 0, in the type of x; ``x_signed``: x is int8 and not uint8. ``pads``: top,
-    left, bottom, right, each 0, 1 or 2, filled with ``x_zero``. ``isa``: one of :func:`~bitsmith_kernels.isas`, by
-    default the best; all give the same bits.
+    ``x_zero``: the level of x that stands for 0, in the type of x; ``x_signed``: x is int8 and not uint8. ``pads``:
+    top, left, bottom, right, each 0, 1 or 2, filled with ``x_zero``. ``isa``: one of :func:`~bitsmith_kernels.isas`,
+    by default the best; all give the same bits.
 
-    Raises ``ValueError`` on a wrong shape, type or range, on scales that are not finite or beyond 1e20, on an ``isa`` that
-    this CPU lacks, and where an accumulator could leave int32: for bits=8 above 132104 input channels; for bits=16 unless
-    sum_c |U[p, k, c]| * max|V[p]| < 2^31 for all p, k, max|V[p]| being what any image could give.
+    Raises ``ValueError`` on a wrong shape, type or range, on scales that are not finite or beyond 1e20, on an ``isa``
+    that this CPU lacks, and where an accumulator could leave int32: for bits=8 above 132104 input channels; for bits=16
+    unless sum_c |U[p, k, c]| * max|V[p]| < 2^31 for all p, k, max|V[p]| being what any image could give.
 
     >>> import numpy as np
     >>> u = np.zeros((16, 1, 1), np.int8)
@@ -110,7 +110,8 @@ class Winograd:
 
     def __repr__(self) -> str:
         channels_in, channels_out = self._channels
-        return f"Winograd(tile={self._tile}, bits={self._bits}, {channels_in} -> {channels_out} channels, isa={self.isa!r})"
+        form = f"tile={self._tile}, bits={self._bits}"
+        return f"Winograd({form}, {channels_in} -> {channels_out} channels, isa={self.isa!r})"
 
     def __call__(
         self,
@@ -129,34 +130,35 @@ class Winograd:
     ) -> NDArray[np.uint8] | NDArray[np.int8]:
         """The layer's output on ``x``, [N, H', W', K], with H' = H + top + bottom - 2 and W' alike.
 
-        ``x``: [N, H, W, C], uint8 (int8 for a layer with ``x_signed``); copied first if not contiguous. ``scale`` (rounded
-        to float32), ``zero``: of the output, whose levels are clamped to ``low`` .. ``high``, by default the range of its
-        type: uint8, or int8 if ``signed``. ``residual``: uint8 or int8 of the output's shape, added before ``relu`` as
-        ``residual_scale * (residual - residual_zero)``. ``threads``: used for this call, 1 .. 1024.
+        ``x``: [N, H, W, C], uint8 (int8 for a layer with ``x_signed``); copied first if not contiguous. ``scale``
+        (rounded to float32), ``zero``: of the output, whose levels are clamped to ``low`` .. ``high``, by default the
+        range of its type: uint8, or int8 if ``signed``. ``residual``: uint8 or int8 of the output's shape, added before
+        ``relu`` as ``residual_scale * (residual - residual_zero)``. ``threads``: used for this call, 1 .. 1024.
 
-        ``level = clamp(rint(relu(y + residual) * (1 / scale)) + zero, low, high)``. Raises ``ValueError`` on a wrong type,
-        shape, scale or range.
+        ``level = clamp(rint(relu(y + residual) * (1 / scale)) + zero, low, high)``. Raises ``ValueError`` on a wrong
+        type, shape, scale or range.
         """
-        x = np.asarray(x)
         channels_in, channels_out = self._channels
-        if x.dtype != self._x_type or x.ndim != 4 or x.shape[3] != channels_in:
-            raise ValueError(f"Winograd: x is {x.dtype} {x.shape}; must be {self._x_type} (N, H, W, {channels_in})")
-        x = np.ascontiguousarray(x)
+        image: NDArray[Any] = np.asarray(x)
+        if image.dtype != self._x_type or image.ndim != 4 or image.shape[3] != channels_in:
+            raise ValueError(
+                f"Winograd: x is {image.dtype} {image.shape}; must be {self._x_type} (N, H, W, {channels_in})"
+            )
+        image = np.ascontiguousarray(image)
         top, left, bottom, right = self._pads
-        batch, height, width = x.shape[:3]
+        batch, height, width = image.shape[:3]
         shape = (batch, height + top + bottom - 2, width + left + right - 2, channels_out)
         kind = _LEVELS[int(signed)]
         limits = np.iinfo(kind)
-        y = np.empty([max(size, 0) for size in shape], kind)
+        y: NDArray[Any] = np.empty([max(size, 0) for size in shape], kind)
+        added: NDArray[Any] | None = None
         if residual is not None:
-            residual = np.asarray(residual)
-            if residual.dtype not in _LEVELS or residual.shape != shape:
-                raise ValueError(
-                    f"Winograd: residual is {residual.dtype} {residual.shape}; must be uint8 or int8 {shape}"
-                )
-            residual = np.ascontiguousarray(residual)
+            added = np.asarray(residual)
+            if added.dtype not in _LEVELS or added.shape != shape:
+                raise ValueError(f"Winograd: residual is {added.dtype} {added.shape}; must be uint8 or int8 {shape}")
+            added = np.ascontiguousarray(added)
         call = Call(
-            x=x.ctypes.data,
+            x=image.ctypes.data,
             batch=batch,
             height=height,
             width=width,
@@ -165,11 +167,11 @@ class Winograd:
             low=limits.min if low is None else _small("low", low),
             high=limits.max if high is None else _small("high", high),
             relu=int(relu),
-            residual=None if residual is None else residual.ctypes.data,
+            residual=None if added is None else added.ctypes.data,
             residual_levels=Levels(
                 residual_scale,
                 _small("residual_zero", residual_zero),
-                0 if residual is None else int(residual.dtype == np.int8),
+                0 if added is None else int(added.dtype == np.int8),
             ),
             threads=_small("threads", threads),
         )
