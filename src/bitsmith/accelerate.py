@@ -232,6 +232,7 @@ def _taps(
     del probe.graph.output[:]
     for name, levels in tensors.items():
         kind = onnx.TensorProto.INT8 if levels.signed else onnx.TensorProto.UINT8
+        kind = kind if levels.grid is None else onnx.TensorProto.FLOAT
         probe.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))
     settings = ort.SessionOptions()
     settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -242,7 +243,8 @@ def _taps(
     for count, batch in enumerate(batches):
         integers = dict(zip(tensors, session.run(None, dict(zip(names, batch, strict=True))), strict=True))
         for name, what in able.items():
-            x = torch.from_numpy(integers[str(what.x.value.name)].astype(np.float32)) - what.x.zero
+            x = torch.from_numpy(integers[str(what.x.value.name)].astype(np.float32))
+            x = x - what.x.zero if what.x.grid is None else torch.round(x / what.x.scale)
             for tile in tiles:
                 tiling = algorithm.Tiling.of(tile, (3, 3), what.pads)
                 taps = algorithm.transformed(algorithm.input_matrix(tile, (3, 3)), tiling.cut(x)).flatten(1)

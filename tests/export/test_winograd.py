@@ -151,6 +151,15 @@ def test_what_reads_integers_behind_it_dequantizes_first() -> None:
     assert order["WinogradConv"] < order["MaxPool"]
 
 
+def test_a_maximum_of_integers_is_one_of_them() -> None:
+    g = Graph()
+    x = g.add("MaxPool", [g.quantized("x")], kernel_shape=[2, 2], strides=[1, 1])
+    first = g.quantized(g.add("Relu", [g.conv(x)]), zero=0)
+    y = g.quantized(g.add("Relu", [g.add("Add", [g.conv(first), x])]))
+    made = check(g.model(y), 2, steps=3)
+    assert "Add" not in kinds(made)
+
+
 @pytest.mark.parametrize("between", [False, True])
 @pytest.mark.parametrize("swapped", [False, True])
 def test_a_residual_is_added_inside(between: bool, swapped: bool) -> None:

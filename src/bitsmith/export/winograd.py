@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from dataclasses import replace as replace_fields
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -38,12 +39,14 @@ NHWC, NCHW = [0, 2, 3, 1], [0, 3, 1, 2]
 
 @dataclass(frozen=True)
 class Levels:
-    """An 8-bit tensor of the graph, and what its integers stand for: ``(q - zero) * scale``."""
+    """An 8-bit tensor of the graph, and what its integers stand for: ``(q - zero) * scale``. ``grid``: where ``value``
+    is the floating maximum of such integers, the node that dequantized them."""
 
     value: ir.Value
     scale: float
     zero: int
     signed: bool
+    grid: ir.Node | None = None
 
 
 @dataclass(frozen=True)
@@ -209,11 +212,18 @@ def _only(value: ir.Value) -> ir.Node | None:
 
 
 def levels(value: ir.Value | None) -> Levels | None:
-    """The 8-bit tensor behind a dequantized value, if it has one scale and is no constant."""
+    """The 8-bit tensor behind a dequantized value, if it has one scale and is no constant.
+
+    A maximum of dequantized integers is one of them: quantized again, it is exact.
+    """
     node = value.producer() if value is not None else None
+    pooled = value if node is not None and node.op_type == "MaxPool" else None
+    if node is not None and pooled is not None:
+        node = node.inputs[0].producer() if node.inputs[0] is not None else None
     if node is None or node.op_type != DEQUANTIZE or node.inputs[0] is None or constant(node.inputs[0]) is not None:
         return None
-    return _levels_of(node.inputs[0], node)
+    found = _levels_of(node.inputs[0], node)
+    return found if found is None or pooled is None else replace_fields(found, value=pooled, grid=node)
 
 
 def _levels_of(integers: ir.Value, node: ir.Node) -> Levels | None:
@@ -297,11 +307,11 @@ def _put(graph: ir.Graph, what: Candidate, packed: Packed) -> None:
     import onnx_ir as ir
 
     end, name = what.end, what.name
-    inputs = [_turned(graph, end, what.x.value, NHWC)]
+    inputs = [_turned(graph, end, _integers(graph, end, what.x), NHWC)]
     for suffix, array in (("u", packed.u), ("mul", packed.mul), ("us", packed.us), ("bias", what.bias)):
         inputs.append(initializer(graph, f"{name}.winograd.{suffix}", np.ascontiguousarray(array)))
     if what.residual is not None:
-        inputs.append(_turned(graph, end, what.residual.value, NHWC))
+        inputs.append(_turned(graph, end, _integers(graph, end, what.residual), NHWC))
     residual = what.residual
     made = ir.node(
         OPERATION,
@@ -331,6 +341,20 @@ def _put(graph: ir.Graph, what: Candidate, packed: Packed) -> None:
     graph.insert_before(end, made)
     replace(integers, _turned(graph, end, out, NCHW, like=integers))
     graph.opset_imports.setdefault(DOMAIN, 1)
+
+
+def _integers(graph: ir.Graph, before: ir.Node, what: Levels) -> ir.Value:
+    """The integers, quantized again where the graph has them as a floating maximum only."""
+    import onnx_ir as ir
+
+    if what.grid is None:
+        return what.value
+    made = ir.node(QUANTIZE, [what.value, *what.grid.inputs[1:]], name=f"{before.name}/{what.value.name}.again")
+    out = made.outputs[0]
+    out.name, out.shape = f"{made.name}.value", what.value.shape
+    out.type = ir.TensorType(ir.DataType.INT8 if what.signed else ir.DataType.UINT8)
+    graph.insert_before(before, made)
+    return out
 
 
 def _turned(

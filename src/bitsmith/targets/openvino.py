@@ -389,7 +389,8 @@ def _fuse_additions(additions: Sequence[Site], sites: dict[str, Technique], reco
             elif len(formats.get(operand.tensor, ())) == 1:  # others read it as integers: so does the sum
                 sites[head] = dataclasses.replace(technique, out=next(iter(formats[operand.tensor])))
         if len(branches) == 2:  # only one of them can take the other in: ours, which gives nothing but integers
-            head, technique, stored = min(branches, key=lambda branch: isinstance(branch[1], Winograd))
+            ours = [isinstance(branch[1], Winograd) for branch in branches]
+            head, technique, stored = branches[0 if ours == [False, True] else 1]
             sites[head] = dataclasses.replace(technique, out=stored)
 
 
