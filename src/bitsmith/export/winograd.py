@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..technique import No
+from .onnx import GIVES, origin_of
 from .rewrite import (
     DEQUANTIZE,
     QUANTIZE,
@@ -334,6 +335,8 @@ def _put(graph: ir.Graph, what: Candidate, packed: Packed) -> None:
         name=f"{name}.Winograd",
     )
     made.metadata_props.update(what.node.metadata_props)
+    if tensor := origin_of(end.metadata_props).tensor:
+        made.metadata_props[GIVES] = tensor
     out = made.outputs[0]
     integers = end.outputs[0]
     out.name, out.type = f"{integers.name}.nhwc", integers.type

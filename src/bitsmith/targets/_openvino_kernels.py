@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ..export.translations import DOMAIN
-from ..export.winograd import OPERATION
+from ..export.winograd import NCHW, OPERATION
 from ..model.formats import place
 from ..plan import Plan
 from ..site import Format, Record, Site
 from ..technique import No, Technique
+from ..techniques.int_ import Int
 from ..techniques.winograd import Winograd
+from ._cpu import in_range
 from .base import TargetError
 
 if TYPE_CHECKING:
     import onnx
+    import openvino as ov
 
 INSTALL = 'pip install "bitsmith[kernels]"'
 
@@ -66,6 +72,26 @@ def needed_by(network: Path | onnx.ModelProto) -> bool:
     return any(node.domain == DOMAIN for node in network.graph.node)
 
 
+def add_results(model: ov.Model, names: Collection[str]) -> set[str]:
+    """Make results of those values that are integers of our operation, as the floats that they stand for, in NCHW."""
+    from openvino import opset13
+
+    found: set[str] = set()
+    for node in model.get_ordered_ops():
+        asked = node.output(0).get_names() & set(names) if node.get_type_name() == OPERATION else set()
+        if not asked:
+            continue
+        given = node.get_attributes()
+        levels = opset13.subtract(opset13.convert(node, "f32"), opset13.constant(np.float32(given["y_zero"])))
+        value = opset13.multiply(levels, opset13.constant(np.float32(given["y_scale"])))
+        result = opset13.result(opset13.transpose(value, opset13.constant(NCHW)))
+        node.output(0).set_names(set())
+        result.output(0).set_names(asked)
+        model.add_results([result])
+        found |= asked
+    return found
+
+
 def version() -> str:
     """Of the kernels that are installed."""
     import bitsmith_kernels
@@ -85,6 +111,16 @@ def refusal(technique: Technique, site: Site, kernels: bool) -> No | None:
         return No("native kernels are for 3x3 in two dimensions")
     path = extension()
     return path if isinstance(path, No) else None
+
+
+def adapted(technique: Winograd, site: Site, kernels: bool, reduced: bool | None) -> Technique:
+    """The technique on unsigned activations, or, with a warning, the direct convolution where it cannot run."""
+    refused = refusal(technique, site, kernels)
+    if refused is None:
+        return dataclasses.replace(technique, signed=False)
+    direct = in_range(Int(8, 8, range=technique.range, weight_range=technique.weight_range), reduced)
+    warnings.warn(f"{site.name} is computed as {direct} in the place of {technique}: {refused}", stacklevel=2)
+    return direct
 
 
 def stored(sites: Mapping[str, Technique], record: Record) -> dict[str, Technique]:

@@ -143,7 +143,7 @@ class OpenVino(Target):
                     in_range(technique, self.reduced_range), signed=symmetric, symmetric=symmetric, unsigned=unsigned
                 )
             elif isinstance(technique, Winograd):
-                technique = dataclasses.replace(technique, signed=False)
+                technique = _openvino_kernels.adapted(technique, record.site(name), self.kernels, self.reduced_range)
             sites[name] = technique
         _fuse_additions(additions, sites, record)
         sites = _openvino_kernels.stored({name: sites[name] for name in plan.sites if name in sites}, record)
@@ -324,7 +324,7 @@ class OpenVino(Target):
         extra = [name for name in dict.fromkeys(values) if name not in known]
         if extra:
             unfuse(model)
-            model.add_outputs(extra)
+            model.add_outputs([name for name in extra if name not in _openvino_kernels.add_results(model, extra)])
         settings = {
             "INFERENCE_NUM_THREADS": self.threads,
             "NUM_STREAMS": 1,
