@@ -206,12 +206,10 @@ class _WinogradCell(Cell):
         self.tiling = algorithm.Tiling.of(self.tile, self.kernel, observer.pads)
         self.frozen = False
         self._kept: Derived[_Packed] = Derived()
-        at, bt, g = algorithm.transforms(self.tile).tensors()
-        for name, matrix in (("at", at), ("bt", bt), ("g", g)):
-            if self.flex:
-                self.register_parameter(name, nn.Parameter(matrix))
-            else:
-                self.register_buffer(name, matrix, persistent=False)
+        # in float64, and no buffers: the transformed weights must not depend on the precision of the model
+        self.exact = algorithm.transforms(self.tile).tensors(torch.float64)
+        if self.flex:
+            self.at, self.bt, self.g = (nn.Parameter(matrix.float()) for matrix in self.exact)
         if self.bits == 32:
             return
         taps = self.tiling.taps[0] * self.tiling.taps[1]
@@ -224,12 +222,17 @@ class _WinogradCell(Cell):
         self.register_buffer("seen_peak", torch.zeros(taps), persistent=False)
 
     def forward(self, x: Tensor, weight: Tensor, **rest: Any) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):  # integers must stay what they are
-            given = self.read(0, x).float()
-            line = given.dim() == 3
-            given = given.unsqueeze(2) if line else given
-            found = self._shipped(given) if self.frozen else self._simulated(given, weight, rest.get("bias"))
-            found = found.squeeze(2) if line else found
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):  # integers must stay what they are
+                return self._forward(x, weight, rest.get("bias"))
+        return self._forward(x, weight, rest.get("bias"))
+
+    def _forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        given = self.read(0, x).float()
+        line = given.dim() == 3
+        given = given.unsqueeze(2) if line else given
+        found = self._shipped(given) if self.frozen else self._simulated(given, weight, bias)
+        found = found.squeeze(2) if line else found
         return found.to(x.dtype)
 
     # -- simulation ------------------------------------------------------------------------------------------------
@@ -240,7 +243,7 @@ class _WinogradCell(Cell):
         return self._convolved(x, packed)
 
     def _convolved(self, x: Tensor, packed: _Packed) -> Tensor:
-        at, bt, _ = self._matrices()
+        at, bt, _ = self._matrices(x)
         matrix = algorithm.kronecker(*bt)
         if self.integer and self._source():
             f = self._integer_taps(x, matrix, packed)
@@ -277,15 +280,16 @@ class _WinogradCell(Cell):
             d = rounded(d / (packed.steps * source[0]).float().view(-1, 1, 1), 2 ** (self.bits - 1) - 1)
         return algorithm.accumulated(d, packed.u.float()) * packed.us[:, :, None]
 
-    def _matrices(self) -> tuple[tuple[Tensor, Tensor], ...]:
-        """A^T, B^T and G, each of the vertical and of the horizontal axis, quantized if they are trained."""
+    def _matrices(self, like: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+        """A^T, B^T and G, each of the vertical and of the horizontal axis, in the type and at the place of ``like``;
+        quantized if they are trained."""
         found = []
-        for matrix in (self.at, self.bt, self.g):
-            assert isinstance(matrix, Tensor)
+        for matrix in (self.at, self.bt, self.g) if self.flex else self.exact:
             if self.flex and self.bits != 32:
                 limit = 2 ** (self.bits - 1) - 1
                 unit = matrix.detach().abs().amax() / limit
                 matrix = rounded(matrix / unit, limit) * unit
+            matrix = matrix.to(like)
             one = matrix.new_ones(1, 1)
             found.append((matrix if self.kernel[0] == 3 else one, matrix if self.kernel[1] == 3 else one))
         return tuple(found)
@@ -315,15 +319,15 @@ class _WinogradCell(Cell):
                 safe = torch.where(factor == 0, torch.ones_like(factor), factor)
             else:
                 bias = shift if bias is None else shift + bias * factor
-        _, bt, g = self._matrices()
-        real = algorithm.transformed_weight(weight, g[0].double(), g[1].double())
+        _, bt, g = self._matrices(weight.double())
+        real = algorithm.transformed_weight(weight, *g)
         if self.bits == 32:
             one = real.new_ones(real.shape[0])
             us = torch.ones(real.shape[:2], device=real.device)
             u, steps, mul, bound = real.float(), one, one.to(torch.int32), one
         else:
             with torch.no_grad():
-                steps, mul, bound = self._tap_steps(algorithm.kronecker(*bt).double(), real)
+                steps, mul, bound = self._tap_steps(algorithm.kronecker(*bt), real)
                 units = algorithm.weight_steps(real, bound, self.bits)
                 if self.bits == 8 and self.weight_range != Range():
                     rows = real.detach().reshape(-1, real.shape[2])
