@@ -557,7 +557,7 @@ class Stack(nn.Module):
         return y.mean((2, 3))
 
 
-@pytest.mark.parametrize("technique", [Winograd(2), Winograd(4), Winograd(6, 8, "flex")], ids=repr)
+@pytest.mark.parametrize("technique", [Winograd(2), Winograd(4), Winograd(4, 8, "flex")], ids=repr)
 def test_bias_correction_takes_the_mean_error_away(technique: Winograd) -> None:
     torch.manual_seed(0)
     model = Stack().eval()
