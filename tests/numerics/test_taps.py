@@ -9,6 +9,7 @@ import torch
 import winograd_reference as reference
 from bitsmith.numerics.statistics import NonFiniteError
 from bitsmith.numerics.taps import TapObserver
+from bitsmith.site import Range
 
 
 @pytest.mark.parametrize("tile", [2, 4])
@@ -50,3 +51,26 @@ def test_nothing_seen_and_nothing_finite() -> None:
 def test_equal_observers_collect_the_same_and_are_equal() -> None:
     assert TapObserver(2, (3, 3), (1, 1, 1, 1)) == TapObserver(2, (3, 3), (1, 1, 1, 1))
     assert len({TapObserver(2, (3, 3), (1, 1, 1, 1)), TapObserver(4, (3, 3), (1, 1, 1, 1))}) == 2
+
+
+def test_limits_by_squared_error_are_those_of_a_search() -> None:
+    """Over values themselves instead of a histogram; the second batch goes far beyond the first one's range."""
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(8, 8, 32, 32, generator=generator) * k for k in (0.3, 1.0, 0.7, 0.7, 0.7)]
+    statistics = TapObserver(2, (3, 3), (1, 1, 1, 1)).start()
+    for part in parts:
+        statistics.update(part)
+    assert torch.equal(statistics.limits(Range()), statistics.peaks)
+    matrix = torch.from_numpy(np.kron(reference.BT[2], reference.BT[2])).double()
+    d = torch.cat([matrix @ statistics.tiling.cut(part).double().flatten(1) for part in parts], 1).abs()
+
+    def error(limit: torch.Tensor) -> torch.Tensor:
+        return (d - limit[:, None]).clamp_min(0).square().mean(1) + (limit / 127).square() / 12
+
+    chosen = statistics.limits(Range("mse"))
+    assert bool((chosen < 0.85 * statistics.peaks).any())
+    best = torch.stack([error(f * statistics.peaks) for f in torch.linspace(0.2, 1.0, 33)]).amin(0)
+    assert bool((error(chosen) <= 1.05 * best).all())
+    assert int(statistics.histograms.sum()) == d.numel()
+    with pytest.raises(ValueError, match="percentile"):
+        statistics.limits(Range("percentile"))

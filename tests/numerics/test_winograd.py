@@ -261,7 +261,7 @@ def test_bounds_of_taps_are_attained(tile: int, zero: int) -> None:
 
 def test_multipliers_by_the_formula() -> None:
     peaks = torch.tensor([1020.0, 127.0, 126.9, 0.0, 25500.0, 8e6], dtype=torch.float64)
-    found = multipliers(peaks / 127)
+    found = multipliers(peaks, 127)
     assert found.tolist() == [int(127 / 1020 * 32768), 32767, 32767, 32767, int(127 / 25500 * 32768), 1]
 
 
@@ -282,7 +282,7 @@ def test_sixteen_bits_never_overflow(channels: int, tile: int, zero: int, spread
     steps = shared_steps(
         u, torch.rand(len(bt), generator=generator, dtype=torch.float64) * 4e6, torch.maximum(-low, high)
     )
-    mul = multipliers(steps)
+    mul = multipliers(steps, 1)
     bound = bound_of_taps(low, high, mul, 16)
     units = weight_steps(u, bound, 16)
     integers = torch.round(u / units[:, :, None])
@@ -311,7 +311,7 @@ def test_the_shared_accumulator_is_shared_well(channels: int) -> None:
     chosen = shared_steps(u, d.square().mean((1, 2)), torch.maximum(-low, high))
 
     def error(steps: torch.Tensor) -> float:
-        mul = multipliers(steps)
+        mul = multipliers(steps, 1)
         units = weight_steps(u, bound_of_taps(low, high, mul, 16), 16)
         v, w = scaled_taps(d, mul, 16).double(), torch.round(u / units[:, :, None])
         got = torch.bmm(w, v) * units[:, :, None] * (2.0**15 / mul.double())[:, None, None]

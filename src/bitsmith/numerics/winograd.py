@@ -295,10 +295,10 @@ def integer_convolution(
     return found + bias.view(1, -1, 1, 1)
 
 
-def multipliers(steps: Tensor) -> Tensor:
-    """``clamp(floor(2^15 / step), 1, 2^15 - 1)`` by tap, int32 [P]. ``steps``: what one unit of V shall stand for, in
-    units of D; that of 8 bits is ``peak / 127`` with the greatest \\|D\\| of the calibration data."""
-    wanted = torch.floor(2.0**15 / steps.double().clamp_min(2.0**-40))
+def multipliers(peaks: Tensor, level: int) -> Tensor:
+    """``clamp(floor(level / peak * 2^15), 1, 2^15 - 1)`` by tap, int32 [P]. ``peaks``: the \\|D\\| that ``level``
+    stands for, 127 for taps of 8 bits; with a level of 1 what one unit stands for."""
+    wanted = torch.floor(level / peaks.double().clamp_min(2.0**-40) * 2.0**15)
     return wanted.clamp(1, 2**15 - 1).to(torch.int32)
 
 

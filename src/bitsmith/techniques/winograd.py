@@ -34,7 +34,8 @@ class Winograd(Technique):
 
     ``static`` transforms of 2 and 4 are computed in integers as the native kernels do, bit for bit. Tiles of 6, and
     ``flex`` transforms, which are parameters of the cell and trained (quantized to ``tap_bits``, one scale each), are
-    simulated in float. ``range``, ``weight_range`` (min/max or mse), ``out``: as in :class:`~bitsmith.Int`.
+    simulated in float. ``range``, ``weight_range`` (min/max or mse), ``out``: as in :class:`~bitsmith.Int`;
+    ``tap_range``: how the limits of 8-bit taps are chosen, by the least squared error or the extremes.
 
     A tile of 4 at 8 bits needs training; one of 2 at 8 bits, or of 4 at 16, can be used after training.
 
@@ -47,6 +48,7 @@ class Winograd(Technique):
     transforms: Literal["static", "flex"] = "static"
     range: Range = Range()  # noqa: RUF009  (frozen)
     weight_range: Range = Range()  # noqa: RUF009
+    tap_range: Range = Range("mse")  # noqa: RUF009
     signed: bool = False
     out: Format | None = None
 
@@ -57,8 +59,9 @@ class Winograd(Technique):
             raise ValueError(f"Winograd(tap_bits={self.tap_bits!r}): must be 8, 16, or 32 for float")
         if self.transforms not in ("static", "flex"):
             raise ValueError(f"Winograd(transforms={self.transforms!r}): must be 'static' or 'flex'")
-        if self.weight_range.method not in ("minmax", "mse"):
-            raise ValueError(f"Winograd(weight_range={self.weight_range}): must be Range('minmax') or Range('mse')")
+        for name in ("weight_range", "tap_range"):
+            if getattr(self, name).method not in ("minmax", "mse"):
+                raise ValueError(f"Winograd({name}={getattr(self, name)}): must be Range('minmax') or Range('mse')")
 
     def __repr__(self) -> str:
         changed = [
@@ -215,9 +218,12 @@ class _WinogradCell(Cell):
         taps = self.tiling.taps[0] * self.tiling.taps[1]
         found = record.statistics.get(((site.name, 0), observer)) or TapStatistics(observer)
         self.tap_peak: Tensor
+        self.tap_part: Tensor
         self.tap_power: Tensor
         self.seen_peak: Tensor
-        self.register_buffer("tap_peak", found.peaks.float())
+        limits = found.limits(technique.tap_range)
+        self.register_buffer("tap_peak", limits.float())
+        self.register_buffer("tap_part", torch.where(found.peaks > 0, limits / found.peaks, 1.0).float())
         self.register_buffer("tap_power", found.power.float())
         self.register_buffer("seen_peak", torch.zeros(taps), persistent=False)
 
@@ -349,15 +355,15 @@ class _WinogradCell(Cell):
         low, high = algorithm.tap_bounds(matrix, least - zero_point, greatest - zero_point)
         bound = torch.maximum(-low, high)
         # a tap that was never seen, or not used, may hold anything
-        peak = torch.minimum(self.tap_peak / scale, bound)
+        peak = torch.minimum(self.tap_peak.double() / scale, bound)
         peak = torch.where(peak > 0, peak, bound)
         if self.bits == 8:
             steps = peak / 127
         else:
-            power = self.tap_power / scale.square()
+            power = self.tap_power.double() / scale.square()
             steps = algorithm.shared_steps(real.detach(), torch.where(power > 0, power, bound.square() / 9), bound)
         if self.integer:
-            mul = algorithm.multipliers(steps)
+            mul = algorithm.multipliers(peak, 127) if self.bits == 8 else algorithm.multipliers(steps, 1)
             return 2.0**15 / mul.double(), mul, algorithm.bound_of_taps(low, high, mul, self.bits)
         limit = 2 ** (self.bits - 1) - 1
         steps = steps if self.bits == 8 else torch.maximum(steps, bound / limit)
@@ -374,7 +380,7 @@ class _WinogradCell(Cell):
         """The taps' ranges follow what was seen since the last step."""
         if self.bits != 32:
             with torch.no_grad():
-                moved = self.tap_peak.lerp(self.seen_peak, _MOMENTUM)
+                moved = self.tap_peak.lerp(self.seen_peak * self.tap_part, _MOMENTUM)
                 self.tap_peak.copy_(torch.where(self.seen_peak > 0, moved, self.tap_peak))
                 self.seen_peak.zero_()
 
