@@ -60,15 +60,16 @@ def finetune(
 ) -> nn.Module:
     """A copy of ``net``, trained for ``steps`` batches of ``loader``, in the mode (train or eval) of ``net``.
 
-    Minimized: ``loss(output, target)``, and with a ``teacher`` (a model that is run in eval on the same inputs)
-    ``distance(output, teacher's output)`` beside it, and every cell's ``penalty``. With a teacher ``loss`` may be None;
-    then targets are not read. ``loader``: items ``(inputs, target)``, read again from its start as often as needed.
+    Minimized: ``loss(output, target)``, and with a ``teacher`` (a model that is run in eval on the same inputs) beside
+    it ``distance(output, reference)``, the reference being what the teacher gives; and the ``penalty`` of every cell.
+    With a teacher ``loss`` may be None; then targets are not read. ``loader``: items ``(inputs, target)``, read again
+    from its start as often as needed.
 
     Adam (Kingma and Ba 2015, arXiv:1412.6980) with ``lr`` that falls to 0 along half a cosine (Loshchilov and Hutter
     2017, arXiv:1608.03983), or ``optimizer(parameters)`` with a learning rate that stays. ``freeze_norms``: batch
     normalisations keep their statistics, so that what folds them is trained as it ships (Krishnamoorthi 2018,
     arXiv:1806.08342, section 4); False trains them as usual. Before each step every cell's ``step`` is called; at the
-    end what a cell ``settle``s on takes its technique's place in the plan of the network that is given back.
+    end the technique that a cell's ``settle`` gives takes the place of its own in the plan of the trained network.
 
     ``net`` may come from :func:`~bitsmith.apply`, or be an ordinary model. Neither ``net`` nor ``teacher`` is changed.
     The same ``seed`` gives the same result, a loader's own shuffling by torch's global generator included; that

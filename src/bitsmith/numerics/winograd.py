@@ -306,7 +306,7 @@ def shared_steps(u: Tensor, power: Tensor, bound: Tensor) -> Tensor:
     """What one unit of V shall stand for where a 31-bit accumulator of 16-bit taps errs least: float64 [P].
 
     ``u``: transformed weights, real, [P, K, C]. ``power`` [P]: mean of D^2. ``bound`` [P]: greatest \\|D\\| possible.
-    With a step t of V, U's step is about ``S1 bound / (2^31 t)`` with S1 = sum_c |u|. The error by V is
+    With a step t of V, U's step is about ``S1 bound / (2^31 t)`` with ``S1 = sum_c |u|``. The error by V is
     ``t^2 / 12 sum_c u^2`` and that by U ``(S1 bound / (2^31 t))^2 / 12 C power``; their sum is least where both are
     equal. All output channels share t.
     """
