@@ -25,6 +25,8 @@ from .deploy import export as export
 from .evaluate import evaluator as evaluator
 from .export.program import ExportError as ExportError
 from .gradual import Certainty as Certainty
+from .learn.finetune import TrainingError as TrainingError
+from .learn.finetune import finetune as finetune
 from .model.apply import apply as apply
 from .model.apply import plan_of as plan_of
 from .model.calibrate import CalibrationError as CalibrationError
@@ -129,6 +131,7 @@ __all__ = [
     "StoreError",
     "Task",
     "Technique",
+    "TrainingError",
     "UnknownSiteError",
     "Unlabelled",
     "Wants",
@@ -138,6 +141,7 @@ __all__ = [
     "default_steps",
     "evaluator",
     "export",
+    "finetune",
     "load",
     "loss_rise",
     "metrics",

@@ -295,10 +295,10 @@ def integer_convolution(
     return found + bias.view(1, -1, 1, 1)
 
 
-def multipliers(steps: Tensor) -> Tensor:
-    """``clamp(floor(2^15 / step), 1, 2^15 - 1)`` by tap, int32 [P]. ``steps``: what one unit of V shall stand for, in
-    units of D; that of 8 bits is ``peak / 127`` with the greatest \\|D\\| of the calibration data."""
-    wanted = torch.floor(2.0**15 / steps.double().clamp_min(2.0**-40))
+def multipliers(peaks: Tensor, level: int) -> Tensor:
+    """``clamp(floor(level / peak * 2^15), 1, 2^15 - 1)`` by tap, int32 [P]. ``peaks``: the \\|D\\| that ``level``
+    stands for, 127 for taps of 8 bits; with a level of 1 what one unit stands for."""
+    wanted = torch.floor(level / peaks.double().clamp_min(2.0**-40) * 2.0**15)
     return wanted.clamp(1, 2**15 - 1).to(torch.int32)
 
 
@@ -306,7 +306,7 @@ def shared_steps(u: Tensor, power: Tensor, bound: Tensor) -> Tensor:
     """What one unit of V shall stand for where a 31-bit accumulator of 16-bit taps errs least: float64 [P].
 
     ``u``: transformed weights, real, [P, K, C]. ``power`` [P]: mean of D^2. ``bound`` [P]: greatest \\|D\\| possible.
-    With a step t of V, U's step is about ``S1 bound / (2^31 t)`` with S1 = sum_c |u|. The error by V is
+    With a step t of V, U's step is about ``S1 bound / (2^31 t)`` with ``S1 = sum_c |u|``. The error by V is
     ``t^2 / 12 sum_c u^2`` and that by U ``(S1 bound / (2^31 t))^2 / 12 C power``; their sum is least where both are
     equal. All output channels share t.
     """

@@ -34,7 +34,8 @@ class Winograd(Technique):
 
     ``static`` transforms of 2 and 4 are computed in integers as the native kernels do, bit for bit. Tiles of 6, and
     ``flex`` transforms, which are parameters of the cell and trained (quantized to ``tap_bits``, one scale each), are
-    simulated in float. ``range``, ``weight_range`` (min/max or mse), ``out``: as in :class:`~bitsmith.Int`.
+    simulated in float. ``range``, ``weight_range`` (min/max or mse), ``out``: as in :class:`~bitsmith.Int`;
+    ``tap_range``: how the limits of 8-bit taps are chosen, by the least squared error or the extremes.
 
     A tile of 4 at 8 bits needs training; one of 2 at 8 bits, or of 4 at 16, can be used after training.
 
@@ -47,6 +48,7 @@ class Winograd(Technique):
     transforms: Literal["static", "flex"] = "static"
     range: Range = Range()  # noqa: RUF009  (frozen)
     weight_range: Range = Range()  # noqa: RUF009
+    tap_range: Range = Range("mse")  # noqa: RUF009
     signed: bool = False
     out: Format | None = None
 
@@ -57,8 +59,9 @@ class Winograd(Technique):
             raise ValueError(f"Winograd(tap_bits={self.tap_bits!r}): must be 8, 16, or 32 for float")
         if self.transforms not in ("static", "flex"):
             raise ValueError(f"Winograd(transforms={self.transforms!r}): must be 'static' or 'flex'")
-        if self.weight_range.method not in ("minmax", "mse"):
-            raise ValueError(f"Winograd(weight_range={self.weight_range}): must be Range('minmax') or Range('mse')")
+        for name in ("weight_range", "tap_range"):
+            if getattr(self, name).method not in ("minmax", "mse"):
+                raise ValueError(f"Winograd({name}={getattr(self, name)}): must be Range('minmax') or Range('mse')")
 
     def __repr__(self) -> str:
         changed = [
@@ -206,30 +209,36 @@ class _WinogradCell(Cell):
         self.tiling = algorithm.Tiling.of(self.tile, self.kernel, observer.pads)
         self.frozen = False
         self._kept: Derived[_Packed] = Derived()
-        at, bt, g = algorithm.transforms(self.tile).tensors()
-        for name, matrix in (("at", at), ("bt", bt), ("g", g)):
-            if self.flex:
-                self.register_parameter(name, nn.Parameter(matrix))
-            else:
-                self.register_buffer(name, matrix, persistent=False)
+        # in float64, and no buffers: the transformed weights must not depend on the precision of the model
+        self.exact = algorithm.transforms(self.tile).tensors(torch.float64)
+        if self.flex:
+            self.at, self.bt, self.g = (nn.Parameter(matrix.float()) for matrix in self.exact)
         if self.bits == 32:
             return
         taps = self.tiling.taps[0] * self.tiling.taps[1]
         found = record.statistics.get(((site.name, 0), observer)) or TapStatistics(observer)
         self.tap_peak: Tensor
+        self.tap_part: Tensor
         self.tap_power: Tensor
         self.seen_peak: Tensor
-        self.register_buffer("tap_peak", found.peaks.float())
+        limits = found.limits(technique.tap_range)
+        self.register_buffer("tap_peak", limits.float())
+        self.register_buffer("tap_part", torch.where(found.peaks > 0, limits / found.peaks, 1.0).float())
         self.register_buffer("tap_power", found.power.float())
         self.register_buffer("seen_peak", torch.zeros(taps), persistent=False)
 
     def forward(self, x: Tensor, weight: Tensor, **rest: Any) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):  # integers must stay what they are
-            given = self.read(0, x).float()
-            line = given.dim() == 3
-            given = given.unsqueeze(2) if line else given
-            found = self._shipped(given) if self.frozen else self._simulated(given, weight, rest.get("bias"))
-            found = found.squeeze(2) if line else found
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):  # integers must stay what they are
+                return self._forward(x, weight, rest.get("bias"))
+        return self._forward(x, weight, rest.get("bias"))
+
+    def _forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        given = self.read(0, x).float()
+        line = given.dim() == 3
+        given = given.unsqueeze(2) if line else given
+        found = self._shipped(given) if self.frozen else self._simulated(given, weight, bias)
+        found = found.squeeze(2) if line else found
         return found.to(x.dtype)
 
     # -- simulation ------------------------------------------------------------------------------------------------
@@ -240,7 +249,7 @@ class _WinogradCell(Cell):
         return self._convolved(x, packed)
 
     def _convolved(self, x: Tensor, packed: _Packed) -> Tensor:
-        at, bt, _ = self._matrices()
+        at, bt, _ = self._matrices(x)
         matrix = algorithm.kronecker(*bt)
         if self.integer and self._source():
             f = self._integer_taps(x, matrix, packed)
@@ -277,15 +286,16 @@ class _WinogradCell(Cell):
             d = rounded(d / (packed.steps * source[0]).float().view(-1, 1, 1), 2 ** (self.bits - 1) - 1)
         return algorithm.accumulated(d, packed.u.float()) * packed.us[:, :, None]
 
-    def _matrices(self) -> tuple[tuple[Tensor, Tensor], ...]:
-        """A^T, B^T and G, each of the vertical and of the horizontal axis, quantized if they are trained."""
+    def _matrices(self, like: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+        """A^T, B^T and G, each of the vertical and of the horizontal axis, in the type and at the place of ``like``;
+        quantized if they are trained."""
         found = []
-        for matrix in (self.at, self.bt, self.g):
-            assert isinstance(matrix, Tensor)
+        for matrix in (self.at, self.bt, self.g) if self.flex else self.exact:
             if self.flex and self.bits != 32:
                 limit = 2 ** (self.bits - 1) - 1
                 unit = matrix.detach().abs().amax() / limit
                 matrix = rounded(matrix / unit, limit) * unit
+            matrix = matrix.to(like)
             one = matrix.new_ones(1, 1)
             found.append((matrix if self.kernel[0] == 3 else one, matrix if self.kernel[1] == 3 else one))
         return tuple(found)
@@ -315,15 +325,15 @@ class _WinogradCell(Cell):
                 safe = torch.where(factor == 0, torch.ones_like(factor), factor)
             else:
                 bias = shift if bias is None else shift + bias * factor
-        _, bt, g = self._matrices()
-        real = algorithm.transformed_weight(weight, g[0].double(), g[1].double())
+        _, bt, g = self._matrices(weight.double())
+        real = algorithm.transformed_weight(weight, *g)
         if self.bits == 32:
             one = real.new_ones(real.shape[0])
             us = torch.ones(real.shape[:2], device=real.device)
             u, steps, mul, bound = real.float(), one, one.to(torch.int32), one
         else:
             with torch.no_grad():
-                steps, mul, bound = self._tap_steps(algorithm.kronecker(*bt).double(), real)
+                steps, mul, bound = self._tap_steps(algorithm.kronecker(*bt), real)
                 units = algorithm.weight_steps(real, bound, self.bits)
                 if self.bits == 8 and self.weight_range != Range():
                     rows = real.detach().reshape(-1, real.shape[2])
@@ -345,15 +355,15 @@ class _WinogradCell(Cell):
         low, high = algorithm.tap_bounds(matrix, least - zero_point, greatest - zero_point)
         bound = torch.maximum(-low, high)
         # a tap that was never seen, or not used, may hold anything
-        peak = torch.minimum(self.tap_peak / scale, bound)
+        peak = torch.minimum(self.tap_peak.double() / scale, bound)
         peak = torch.where(peak > 0, peak, bound)
         if self.bits == 8:
             steps = peak / 127
         else:
-            power = self.tap_power / scale.square()
+            power = self.tap_power.double() / scale.square()
             steps = algorithm.shared_steps(real.detach(), torch.where(power > 0, power, bound.square() / 9), bound)
         if self.integer:
-            mul = algorithm.multipliers(steps)
+            mul = algorithm.multipliers(peak, 127) if self.bits == 8 else algorithm.multipliers(steps, 1)
             return 2.0**15 / mul.double(), mul, algorithm.bound_of_taps(low, high, mul, self.bits)
         limit = 2 ** (self.bits - 1) - 1
         steps = steps if self.bits == 8 else torch.maximum(steps, bound / limit)
@@ -370,7 +380,7 @@ class _WinogradCell(Cell):
         """The taps' ranges follow what was seen since the last step."""
         if self.bits != 32:
             with torch.no_grad():
-                moved = self.tap_peak.lerp(self.seen_peak, _MOMENTUM)
+                moved = self.tap_peak.lerp(self.seen_peak * self.tap_part, _MOMENTUM)
                 self.tap_peak.copy_(torch.where(self.seen_peak > 0, moved, self.tap_peak))
                 self.seen_peak.zero_()
 
