@@ -96,7 +96,8 @@ def test_what_runs_is_what_was_simulated_bit_for_bit(case: Any, technique: Any, 
         assert np.abs(found - net(x).numpy()).max() <= 1e-6
     check = verify(net, artifact, case[1])
     assert check.passed
-    assert {site.agree for site in check.sites if site.agree is not None} == {1.0}
+    exact = {site.site for site in check.sites if site.gap_db == np.inf}
+    assert {"stem", "conv1", "last", ":silu"} <= exact
     assert check.whole_db > 110
 
 
@@ -113,7 +114,7 @@ def test_every_neighbour_stays_in_integers(case: Any, tmp_path: Path) -> None:
 def test_layouts_cost_nothing(case: Any, tmp_path: Path) -> None:
     from bitsmith.targets._openvino_graph import executed
 
-    _, artifact = exported(case, plan_of(case, Winograd(2)), tmp_path)
+    _, artifact = exported(case, plan_of(case, Winograd(2), only="conv"), tmp_path)
     assert [node.name for node in executed(TARGET._open(artifact.path)) if node.kind == "Transpose"] == []
 
 
@@ -138,7 +139,8 @@ def test_files_of_plans_are_derived(case: Any) -> None:
     found = graphs.derived(mixed, record)
     assert found is not None
     direct = to_onnx(applied_program(apply(net, mixed, data), data[0][0][:1], 1)[0])
-    assert [(n.op_type, n.name) for n in found[0].graph.node] == [(n.op_type, n.name) for n in direct.graph.node]
+    ours, theirs = (sorted((n.op_type, n.name) for n in one.graph.node) for one in (found[0], direct))
+    assert ours == theirs
     assert sum(node.op_type == "Winograd" for node in direct.graph.node) == 1
     assert Winograd in INTEGER
 
@@ -182,8 +184,9 @@ def test_without_the_kernels_the_plan_still_runs_and_the_file_says_what_it_lacks
 ) -> None:
     _, artifact = exported(case, plan_of(case, Winograd(2)), tmp_path)
     monkeypatch.setattr(_openvino_kernels, "extension", lambda: No("built for another OpenVINO"))
-    with pytest.warns(UserWarning, match="conv1 is computed as Int.*built for another OpenVINO"):
+    with pytest.warns(UserWarning, match="is computed as Int.*built for another OpenVINO") as told:
         plan = plan_of(case, Winograd(2))
+    assert [str(one.message).partition(" ")[0] for one in told] == ["stem", "conv1", "conv2", "last"]
     x = case[1][0][0][:2].numpy()
     _, direct = exported(case, plan, tmp_path / "..")
     assert np.isfinite(TARGET.run(direct, [x])[0]).all()

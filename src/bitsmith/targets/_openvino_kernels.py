@@ -48,12 +48,20 @@ def extension() -> Path | No:
 
 def core(openvino: Any, needed: bool) -> Any:
     """OpenVINO, knowing our operation if it is needed. Raises :class:`TargetError` where it cannot be loaded."""
-    made = openvino.Core()
     if not needed:
-        return made
+        return openvino.Core()
     path = extension()
     if isinstance(path, No):
         raise TargetError(f"the network has convolutions for the native kernels: {path}")
+    return _extended(path)
+
+
+@functools.cache
+def _extended(path: Path) -> Any:
+    """Kept for good: with the last ``Core`` that knows it the library would go, under the models that it made."""
+    import openvino
+
+    made = openvino.Core()
     try:
         made.add_extension(str(path))
     except RuntimeError as error:
