@@ -16,7 +16,9 @@ from ._files import atomic_write, check_writable
 from .export.rewrite import rewritten
 from .export.winograd import Candidate, Levels, Packed, convolutions, name_of, with_kernels
 from .numerics import winograd as algorithm
+from .numerics.taps import TapObserver, TapStatistics
 from .plan import Plan
+from .site import Range
 from .targets.base import Array, Artifact, Target, Timing
 from .targets.openvino import OpenVino
 from .technique import No
@@ -210,8 +212,8 @@ def _batches(model: onnx.ModelProto, data: Iterable[Any] | None) -> list[tuple[A
     return found
 
 
-Taps = dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]]
-"""(convolution, tile) -> greatest and mean squared tap of its input [P], in units of the input's integers."""
+Taps = dict[tuple[str, int], TapStatistics]
+"""(convolution, tile) -> what its input looks like behind the transform, in units of the input's integers."""
 
 
 def _taps(
@@ -238,42 +240,37 @@ def _taps(
     settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(probe.SerializeToString(), settings, providers=["CPUExecutionProvider"])
     names = [value.name for value in session.get_inputs()]
-    found: Taps = {}
-    tiles = dict.fromkeys(tile for tile, _ in options)
-    for count, batch in enumerate(batches):
+    found: Taps = {
+        (name, tile): TapObserver(tile, (3, 3), what.pads).start()
+        for name, what in able.items()
+        for tile in dict.fromkeys(tile for tile, _ in options)
+    }
+    for batch in batches:
         integers = dict(zip(tensors, session.run(None, dict(zip(names, batch, strict=True))), strict=True))
-        for name, what in able.items():
-            x = torch.from_numpy(integers[str(what.x.value.name)].astype(np.float32))
-            x = x - what.x.zero if what.x.grid is None else torch.round(x / what.x.scale)
-            for tile in tiles:
-                tiling = algorithm.Tiling.of(tile, (3, 3), what.pads)
-                taps = algorithm.transformed(algorithm.input_matrix(tile, (3, 3)), tiling.cut(x)).flatten(1)
-                peak, power = taps.abs().amax(1).double(), taps.square().mean(1).double()
-                old = found.get((name, tile), (peak, power))
-                found[name, tile] = torch.maximum(old[0], peak), old[1] + (power - old[1]) / (count + 1)
+        for (name, _), statistics in found.items():
+            x = able[name].x
+            shown = torch.from_numpy(integers[str(x.value.name)].astype(np.float32))
+            statistics.update(shown - x.zero if x.grid is None else torch.round(shown / x.scale))
     return found
 
 
 def _replaced(model: onnx.ModelProto, chosen: Mapping[str, tuple[int, int]], statistics: Taps) -> onnx.ModelProto:
     def pack(what: Candidate) -> Packed:
         tile, bits = chosen[what.name]
-        return packed(what, tile, bits, *statistics[what.name, tile])
+        return packed(what, bits, statistics[what.name, tile])
 
     return rewritten(model, with_kernels(list(chosen), pack)) if chosen else model
 
 
-def packed(what: Candidate, tile: int, bits: int, peak: torch.Tensor, power: torch.Tensor) -> Packed:
+def packed(what: Candidate, bits: int, taps: TapStatistics) -> Packed:
     """The taps of a convolution's weights on their grids, with the scales that its input needs."""
     assert isinstance(what.weight, np.ndarray)
+    tile = taps.observer.tile
     g = algorithm.transforms(tile).tensors(torch.float64)[2]
     real = algorithm.transformed_weight(torch.from_numpy(what.weight), g, g)
     low, high = algorithm.tap_bounds(algorithm.input_matrix(tile, (3, 3)), *_ends(what.x))
-    bound = torch.maximum(-low, high)
-    peak = torch.where(peak > 0, torch.minimum(peak, bound), bound)
-    power = torch.where(power > 0, power, bound.square() / 9)
-    steps = peak / 127 if bits == 8 else algorithm.shared_steps(real, power, bound)
-    mul = algorithm.multipliers(steps)
-    units = algorithm.weight_steps(real, algorithm.bound_of_taps(low, high, mul, bits), bits)
+    mul, bound = algorithm.fixed_point(real, taps.limits(Range("mse")), taps.power, (low, high), bits)
+    units = algorithm.weight_steps(real, bound, bits)
     u = torch.round(real / units[:, :, None]).to(torch.int8 if bits == 8 else torch.int16)
     us = units * (what.x.scale * 2.0**15 / mul.double())[:, None]
     return Packed(tile, bits, u.numpy(), mul.to(torch.int16).numpy(), us.float().numpy())

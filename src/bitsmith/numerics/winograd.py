@@ -317,6 +317,27 @@ def shared_steps(u: Tensor, power: Tensor, bound: Tensor) -> Tensor:
     return ratio.pow(0.25)
 
 
+def fixed_point(
+    real: Tensor, peak: Tensor, power: Tensor, ends: tuple[Tensor, Tensor], bits: int
+) -> tuple[Tensor, Tensor]:
+    """``mul`` of :func:`scaled_taps`, int32 [P], and the greatest \\|V\\| that follows, int64 [P].
+
+    ``real``: transformed weights [P, K, C]. ``peak``, ``power`` [P]: the \\|D\\| that shall become the greatest level
+    of 8 bits, and the mean of D^2. ``ends``: least and greatest D possible. A tap that is always 0 in what was seen
+    may hold anything.
+    """
+    low, high = ends
+    bound = torch.maximum(-low, high)
+    peak = torch.minimum(peak.double(), bound)
+    peak = torch.where(peak > 0, peak, bound)
+    if bits == 8:
+        mul = multipliers(peak, 127)
+    else:
+        power = torch.where(power > 0, power.double(), bound.square() / 9)
+        mul = multipliers(shared_steps(real.detach(), power, bound), 1)
+    return mul, bound_of_taps(low, high, mul, bits)
+
+
 def bound_of_taps(low: Tensor, high: Tensor, mul: Tensor, bits: int) -> Tensor:
     """The greatest \\|V\\| by tap that :func:`scaled_taps` gives for D from ``low`` to ``high`` [P]: int64 [P]."""
     ends = [scaled_taps(end, mul, bits).abs() for end in (low, high)]  # monotone in D
