@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import onnx
     import openvino as ov
 
-INSTALL = 'pip install "bitsmith[kernels]"'
+INSTALL = "pip install ./kernels (a folder of Bitsmith's repository)"
 
 
 @functools.cache
