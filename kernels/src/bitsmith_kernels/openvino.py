@@ -28,7 +28,8 @@ def extension(version: str) -> Path:
     if asked not in built:
         known = f"built for {', '.join(built)}" if built else "built without OpenVINO"
         raise ImportError(
-            f"bitsmith_kernels has no extension for OpenVINO {asked} ({known}); with that OpenVINO and scikit-build-core "
-            "installed, build it with: pip install --no-build-isolation --force-reinstall --no-deps ./kernels"
+            f"bitsmith_kernels has no extension for OpenVINO {asked} ({known}); with that OpenVINO and "
+            "scikit-build-core installed, build it with: pip install --no-build-isolation --force-reinstall --no-deps "
+            "./kernels"
         )
     return built[asked]

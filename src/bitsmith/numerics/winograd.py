@@ -323,19 +323,20 @@ def fixed_point(
     """``mul`` of :func:`scaled_taps`, int32 [P], and the greatest \\|V\\| that follows, int64 [P].
 
     ``real``: transformed weights [P, K, C]. ``peak``, ``power`` [P]: the \\|D\\| that shall become the greatest level
-    of 8 bits, and the mean of D^2. ``ends``: least and greatest D possible. A tap that is always 0 in what was seen
-    may hold anything.
+    of 8 bits, and the mean of D^2. ``ends``: least and greatest D possible.
     """
+    peak, power, bound = bounded(peak, power, ends)
+    mul = multipliers(peak, 127) if bits == 8 else multipliers(shared_steps(real.detach(), power, bound), 1)
+    return mul, bound_of_taps(*ends, mul, bits)
+
+
+def bounded(peak: Tensor, power: Tensor, ends: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """``peak`` and ``power`` as in :func:`fixed_point`, and the greatest \\|D\\| possible, float64 [P]. A tap that was
+    always 0 in what was seen may hold anything."""
     low, high = ends
     bound = torch.maximum(-low, high)
-    peak = torch.minimum(peak.double(), bound)
-    peak = torch.where(peak > 0, peak, bound)
-    if bits == 8:
-        mul = multipliers(peak, 127)
-    else:
-        power = torch.where(power > 0, power.double(), bound.square() / 9)
-        mul = multipliers(shared_steps(real.detach(), power, bound), 1)
-    return mul, bound_of_taps(low, high, mul, bits)
+    peak, power = torch.minimum(peak.double(), bound), power.double()
+    return torch.where(peak > 0, peak, bound), torch.where(power > 0, power, bound.square() / 9), bound
 
 
 def bound_of_taps(low: Tensor, high: Tensor, mul: Tensor, bits: int) -> Tensor:

@@ -352,21 +352,16 @@ class _WinogradCell(Cell):
             return one, one.to(torch.int32), one
         scale, zero_point = source[0].double(), source[1].double()
         least, greatest = self.levels
-        low, high = algorithm.tap_bounds(matrix, least - zero_point, greatest - zero_point)
-        bound = torch.maximum(-low, high)
-        # a tap that was never seen, or not used, may hold anything
-        peak = torch.minimum(self.tap_peak.double() / scale, bound)
-        peak = torch.where(peak > 0, peak, bound)
-        if self.bits == 8:
-            steps = peak / 127
-        else:
-            power = self.tap_power.double() / scale.square()
-            steps = algorithm.shared_steps(real.detach(), torch.where(power > 0, power, bound.square() / 9), bound)
+        ends = algorithm.tap_bounds(matrix, least - zero_point, greatest - zero_point)
+        peak, power = self.tap_peak.double() / scale, self.tap_power.double() / scale.square()
         if self.integer:
-            mul = algorithm.multipliers(peak, 127) if self.bits == 8 else algorithm.multipliers(steps, 1)
-            return 2.0**15 / mul.double(), mul, algorithm.bound_of_taps(low, high, mul, self.bits)
+            mul, bound = algorithm.fixed_point(real, peak, power, ends, self.bits)
+            return 2.0**15 / mul.double(), mul, bound
+        peak, power, bound = algorithm.bounded(peak, power, ends)
         limit = 2 ** (self.bits - 1) - 1
-        steps = steps if self.bits == 8 else torch.maximum(steps, bound / limit)
+        steps = peak / limit
+        if self.bits == 16:
+            steps = torch.maximum(algorithm.shared_steps(real.detach(), power, bound), bound / limit)
         return steps, torch.zeros_like(steps, dtype=torch.int32), (bound / steps).ceil().clamp(max=limit)
 
     # -- training ----------------------------------------------------------------------------------------------------
