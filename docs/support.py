@@ -14,6 +14,7 @@ from bitsmith.targets import OnnxRuntime, OpenVino, Target
 from bitsmith.technique import Technique
 from bitsmith.techniques.float_ import Float
 from bitsmith.techniques.int_ import Int
+from bitsmith.techniques.winograd import Winograd
 
 README = Path(__file__).parents[1] / "README.md"
 OPERATORS = Path(__file__).parent / "onnx_operators.md"
@@ -26,12 +27,13 @@ TECHNIQUES: tuple[Technique, ...] = (
     Int(8, None),
     Int(4, 8),
     Int(4, None, granularity="group", group=32),
+    Winograd(),
 )
 
 
 def table() -> str:
     """Markdown: technique by runtime; the operations that have a kernel, or why no operation with weights has."""
-    weighted = {name for name, site in example_sites().items() if site.weight is not None}
+    weighted = {name: site for name, site in example_sites().items() if site.weight is not None}
     lines = ["| technique | " + " | ".join(name for name, _ in RUNTIMES) + " |", "|---" * (len(RUNTIMES) + 1) + "|"]
     for technique in TECHNIQUES:
         cells = []
@@ -40,8 +42,10 @@ def table() -> str:
             able = [kind for kind, reason in reasons.items() if not reason]
             if len(able) == len(reasons):
                 cells.append("every operation")
-            elif weighted.isdisjoint(able):
-                cells.append(f"not offered; {reasons['linear']}")
+            elif not weighted.keys() & set(able):
+                # why not where the technique itself can; "linear" speaks for all that it can compute
+                fitting = [name for name, site in weighted.items() if technique.fits(site)]
+                cells.append(f"not offered; {reasons['linear' if 'linear' in fitting else fitting[0]]}")
             else:
                 cells.append(", ".join(f"`{name}`" for name in merged(able)))
         lines.append(f"| `{technique}` | " + " | ".join(cells) + " |")

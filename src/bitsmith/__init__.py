@@ -25,6 +25,8 @@ from .deploy import export as export
 from .evaluate import evaluator as evaluator
 from .export.program import ExportError as ExportError
 from .gradual import Certainty as Certainty
+from .learn.finetune import TrainingError as TrainingError
+from .learn.finetune import finetune as finetune
 from .model.apply import apply as apply
 from .model.apply import plan_of as plan_of
 from .model.calibrate import CalibrationError as CalibrationError
@@ -77,6 +79,7 @@ from .technique import Technique as Technique
 from .technique import Wants as Wants
 from .techniques.float_ import Float as Float
 from .techniques.int_ import Int as Int
+from .techniques.winograd import Winograd as Winograd
 from .verify import Check as Check
 from .verify import verify as verify
 
@@ -128,14 +131,17 @@ __all__ = [
     "StoreError",
     "Task",
     "Technique",
+    "TrainingError",
     "UnknownSiteError",
     "Unlabelled",
     "Wants",
+    "Winograd",
     "apply",
     "choose_ranges",
     "default_steps",
     "evaluator",
     "export",
+    "finetune",
     "load",
     "loss_rise",
     "metrics",

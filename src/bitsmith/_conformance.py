@@ -97,7 +97,8 @@ class OneSite(nn.Module):
             self.register_parameter(name, nn.Parameter(value))
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return self.compute(*inputs, **dict(self.named_parameters()))
+        # what a plan adds below may have parameters too
+        return self.compute(*inputs, **dict(self.named_parameters(recurse=False)))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import functools
 import shutil
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from .export.program import with_batch
 from .metrics import source_digest
 from .model.apply import build, prepared
 from .model.calibrate import calibrate
-from .model.formats import place
+from .model.formats import Read, place
 from .model.network import Network, duplicate, network, warn_unreached
 from .numerics.statistics import TensorStatistics
 from .plan import Plan
@@ -36,7 +36,7 @@ from .site import Format
 from .store import Store
 from .targets.base import CALM, Artifact, SiteTimes, Target, Timing, unrest
 from .task import Split, Task, score
-from .technique import Technique
+from .technique import Observer, Technique
 
 if TYPE_CHECKING:
     from .export.graphs import Graphs
@@ -136,9 +136,10 @@ class Bench:
 
     # -- simulation ----------------------------------------------------------------------------------------------
 
-    def ranges(self, formats: Sequence[tuple[str, Format]]) -> None:
-        """Have statistics for these tensors: from the store, or collected in one pass over the calibration data."""
-        known: dict[str, TensorStatistics] = dict(self.net.record.statistics)
+    def ranges(self, formats: Sequence[tuple[str, Format]], observers: Iterable[tuple[Read, Observer]] = ()) -> None:
+        """Have statistics for these tensors, and what ``observers`` ask for at these (site, operand): from the store,
+        or collected in one pass over the calibration data. What observers collect is not stored."""
+        known: dict[Any, Any] = dict(self.net.record.statistics)
         histograms: dict[str, bool] = {}
         for tensor, fmt in formats:
             histograms[tensor] = histograms.get(tensor, False) or fmt.range.needs_histogram
@@ -154,10 +155,11 @@ class Bench:
             else:
                 known[tensor] = TensorStatistics.from_json(found)
         self.net = self.net.with_statistics(known)
-        if not missing:
+        unseen = [item for item in observers if item not in known]
+        if not missing and not unseen:
             return
         wanted = [(tensor, fmt) for tensor, fmt in formats if tensor in missing]
-        self.net = self.net.with_statistics(calibrate(self.net, wanted, self.task.calibration))
+        self.net = self.net.with_statistics(calibrate(self.net, [*wanted, *unseen], self.task.calibration))
         for tensor, histogram in missing.items():
             statistics = self.net.record.statistics[tensor]
             self.store.put("range", self._range_key(tensor, histogram), statistics.to_json())
@@ -192,7 +194,8 @@ class Bench:
 
     def simulate(self, plan: Plan) -> nn.Module:
         """The applied network of an adapted plan."""
-        self.ranges(list(place(plan, self.net.record).tensors))
+        placement = place(plan, self.net.record)
+        self.ranges(list(placement.tensors), placement.observers.items())
         if not plan.prepare:
             return build(self.net, plan, self.task.calibration, seed=self.seed)
         key = plan.digest()

@@ -248,11 +248,12 @@ class DecisionsAhead:
 
     def _send(self, plan: Plan, limit: float, chance: float, known: list[float]) -> Future[Any] | None:
         gradual, bench = self.gradual, self.gradual.bench
-        statistics: dict[str, Any] = {}
+        statistics: dict[Any, Any] = {}
         if not plan.prepare:  # a prepared network has ranges of its own
-            tensors = list(place(plan, bench.net.record).tensors)
-            bench.ranges(tensors)
-            statistics = {tensor: bench.net.record.statistics[tensor] for tensor, _ in tensors}
+            placement = place(plan, bench.net.record)
+            bench.ranges(list(placement.tensors), placement.observers.items())
+            keys = (*(tensor for tensor, _ in placement.tensors), *placement.observers.items())
+            statistics = {key: bench.net.record.statistics[key] for key in keys}
         if self._recipe is None:
             self._recipe = recipe_of(bench)
         given = plan, limit, chance, known, gradual.reference.to_json(), bench.data_key("validation")

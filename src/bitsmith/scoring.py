@@ -73,7 +73,13 @@ def _measured(
             for site, technique in refined
             for operand, fmt in zip(sites[site].operands, technique.reads(sites[site]), strict=True)
             if fmt is not None and not operand.constant
-        ]
+        ],
+        [
+            ((site, index), observer)
+            for site, technique in refined
+            for index, observer in enumerate(technique.wants(sites[site]).observers)
+            if observer is not None
+        ],
     )
     meter, counted = Meter(), Counted(bench.task.calibration)
     task = dataclasses.replace(bench.task, calibration=counted)

@@ -188,15 +188,16 @@ class Record:
     """What one recorded forward pass showed, and what was collected afterwards.
 
     ``sites`` in execution order. ``tensors`` by name. ``statistics``: streaming statistics by tensor name (see
-    ``bitsmith.numerics.statistics``). ``weights``: detached weight of each site, by site name and operand index.
-    ``grids``: (scale, zero point) of weights that a prepare step has rounded already, in the same way.
+    ``bitsmith.numerics.statistics``), and what observers collected by ((site name, operand), observer). ``weights``:
+    detached weight of each site, by site name and operand index. ``grids``: (scale, zero point) of weights that a
+    prepare step has rounded already, in the same way.
     ``biases``, ``folds``: the same for bias and folded normalisation ``(mean, var, gamma, beta, eps)``.
     """
 
     sites: Mapping[str, Site]
     tensors: Mapping[str, TensorInfo]
     outputs: tuple[str, ...] = ()
-    statistics: Mapping[str, Any] = field(default_factory=dict)
+    statistics: Mapping[Any, Any] = field(default_factory=dict)
     weights: Mapping[tuple[str, int], torch.Tensor] = field(default_factory=dict)
     grids: Mapping[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     biases: Mapping[str, torch.Tensor] = field(default_factory=dict)

@@ -35,24 +35,44 @@ class No:
         return self.reason
 
 
+class Statistic(Protocol):
+    """What an observer collects, batch by batch. ``count``: what was seen, 0 before the first."""
+
+    count: int
+
+    def update(self, x: Tensor) -> None: ...
+
+
+class Observer(Protocol):
+    """Says what to collect of an activation tensor beside its range: a value, equal where the same is collected."""
+
+    def start(self) -> Statistic:
+        """One that has seen nothing."""
+        ...
+
+
 @dataclass(frozen=True)
 class Wants:
     """What a technique needs to see before it can be built.
 
     ``gram``: the Gram matrix of each operand's last (or channel) axis. ``samples``: how many raw inputs to keep.
     ``after_quantized``: collected after the sites before it run under their own techniques.
+    ``observers``: by operand, what to collect of the float tensor there, or None; the record that ``build`` gets has it
+    in ``statistics[(site name, operand), observer]``.
     Ranges and histograms follow from the formats it reads and writes.
     """
 
     gram: bool = False
     samples: int = 0
     after_quantized: bool = False
+    observers: tuple[Observer | None, ...] = ()
 
 
 class TensorQuantizer(Protocol):
     """What a cell gets for each operand that it reads in a format: tensor in, simulated tensor out."""
 
     scale: Tensor
+    zero_point: Tensor
 
     def __call__(self, x: Tensor) -> Tensor: ...
 

@@ -14,6 +14,7 @@ from bitsmith.site import Format, Range
 from bitsmith.technique import Technique
 from bitsmith.techniques.float_ import Float
 from bitsmith.techniques.int_ import Int
+from bitsmith.techniques.winograd import Winograd
 from bitsmith.testing import check_technique
 
 CHOSEN: tuple[Technique, ...] = (
@@ -22,6 +23,7 @@ CHOSEN: tuple[Technique, ...] = (
     Int(4, None, granularity="group", group=2),
     Int(2, 4, range=Range("mse"), weight_range=Range("mse"), granularity="tensor"),
     Int(8, 16, affine_weights=True),
+    *(Winograd(tile, bits, kind) for tile in (2, 4, 6) for bits in (8, 16, 32) for kind in ("static", "flex")),
 )
 
 

@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
 
-from . import demo, doctor, explore, look, ship, tune
+from . import demo, doctor, explore, faster, look, ship, tune
 
 MENDABLE, BUDGET, INTERRUPTED, DEFECT = 2, 3, 130, 70
 """Exit codes. 70 is EX_SOFTWARE of sysexits.h: the fault is ours."""
@@ -56,7 +56,7 @@ def parser() -> ArgumentParser:
     top.add_argument("--version", action="version", version=f"bitsmith {metadata.version('bitsmith')}")
     top.add_argument("--debug", action="store_true", help="show tracebacks")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
-    for group in (tune, explore, ship, look, demo, doctor):
+    for group in (tune, explore, ship, faster, look, demo, doctor):
         group.add(commands)
     for command in commands.choices.values():
         command.add_argument("--debug", action="store_true", default=SUPPRESS, help="show tracebacks")

@@ -19,12 +19,16 @@ from ..site import Format, Record
 from ..technique import Technique
 from ..techniques.float_ import Float
 from ..techniques.int_ import Int
+from ..techniques.winograd import Winograd
 from .onnx import cleaning, opset_of, origin_of
 from .rewrite import DEQUANTIZE, QUANTIZE, attributes, constant, initializer, replace, rewritten
 
 if TYPE_CHECKING:
     import onnx
     import onnx_ir as ir
+
+INTEGER = (Int, Winograd)
+"""Techniques that can be taken from one graph into another."""
 
 
 def derive(
@@ -37,7 +41,8 @@ def derive(
     in one of ``fulls`` (:func:`parts`); output formats (``out``) may differ.
 
     None if the file cannot be derived, and must be exported: ``prepare`` steps, whose weights may depend on the whole
-    plan; other techniques than ``Int`` and ``Float``; a quantizer that no graph holds; float and quantized graphs that
+    plan; other techniques than
+    ``Int``, ``Winograd`` and ``Float``; a quantizer that no graph holds; float and quantized graphs that
     the exporter gave different structures.
     """
     needed = parts(plan, [full_plan for _, full_plan in fulls], record)
@@ -69,7 +74,7 @@ class _UnderivableError(Exception):
 def parts(plan: Plan, full_plans: Sequence[Plan], record: Record) -> tuple[int, ...] | None:
     """Which of the fuller plans have the sites of ``plan`` computed as it has them, the one of most first; None: not
     all sites are in one of them, or a plan has techniques that cannot be derived. At least one."""
-    ours = {name: technique for name, technique in plan.sites.items() if isinstance(technique, Int)}
+    ours = {name: technique for name, technique in plan.sites.items() if isinstance(technique, INTEGER)}
     usable = [k for k, full in enumerate(full_plans) if _derivable(full, record)] if _derivable(plan, record) else []
     found: list[int] = []
     while usable:
@@ -93,7 +98,7 @@ def _derivable(plan: Plan, record: Record) -> bool:
         return False
     for name, technique in plan.sites.items():
         site = record.site(name)
-        if not _floating(technique) and not isinstance(technique, Int):
+        if not _floating(technique) and not isinstance(technique, INTEGER):
             return False
         # a composite computed whole has another graph than its inside
         if site.role == "composite" or site.kind == "module":
@@ -107,7 +112,7 @@ def _floating(technique: Technique | None) -> bool:
 
 def same_technique(mine: Technique | None, theirs: Technique | None) -> bool:
     """Whether two techniques compute a site alike, whatever their output format."""
-    if isinstance(mine, Int) and isinstance(theirs, Int):
+    if isinstance(mine, INTEGER) and isinstance(theirs, INTEGER):
         return dataclasses.replace(mine, out=None) == dataclasses.replace(theirs, out=None)
     return _floating(mine) and _floating(theirs)
 
@@ -220,7 +225,7 @@ class _Derivation:
             name
             for source in (full, *others)
             for name, technique in source.plan.sites.items()
-            if isinstance(technique, Int) and record.sites[name].weight is not None
+            if isinstance(technique, INTEGER) and record.sites[name].weight is not None
         }
         self.constants: dict[int, ir.Value] = {}
         names = (value.name for value in (*self.graph.inputs, *self.graph.initializers.values()))
@@ -240,9 +245,9 @@ class _Derivation:
     def _source(self, name: str) -> _Source:
         """The graph that computes a weighted site as the plan does."""
         wanted = self.plan.get(name)
-        if isinstance(wanted, Int):
+        if isinstance(wanted, INTEGER):
             return next(s for s in (self.full, *self.others) if same_technique(wanted, s.plan.get(name)))
-        return self.base if isinstance(self.full.plan.get(name), Int) else self.full
+        return self.base if isinstance(self.full.plan.get(name), INTEGER) else self.full
 
     # -- sites of other graphs ---------------------------------------------------------------------------------------
 
@@ -289,6 +294,7 @@ class _Derivation:
             num_outputs=len(node.outputs),
             metadata_props=dict(node.metadata_props),
         )
+        self.graph.opset_imports.setdefault(node.domain, 1)  # one that no node of this graph may have had
         for mine, theirs in zip(copy.outputs, node.outputs, strict=True):
             mine.name, mine.shape, mine.type = self._unique(theirs.name or "value"), theirs.shape, theirs.type
             values[id(theirs)] = mine

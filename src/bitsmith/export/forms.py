@@ -25,6 +25,7 @@ from .rewrite import (
     replacement,
     rewritten,
 )
+from .winograd import own_kernels
 
 if TYPE_CHECKING:
     import onnx
@@ -50,8 +51,8 @@ def onnxruntime_form(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def openvino_form(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model in the form in which OpenVINO's convolutions take in residual additions."""
-    return rewritten(model, sums_in_convolutions)
+    """The model in the form in which OpenVINO's convolutions take in residual additions, and ours as one operation."""
+    return rewritten(model, own_kernels, sums_in_convolutions)
 
 
 def sums_in_convolutions(graph: ir.Graph) -> None:

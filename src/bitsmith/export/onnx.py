@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 _OWNER = "bitsmith.site"
+GIVES = "bitsmith.tensor"
+"""Note of a node that gives the integers of a tensor, which no other node may dequantize."""
 
 
 def to_onnx(program: ExportedProgram, opset: int | None = None) -> onnx.ModelProto:
@@ -105,13 +107,14 @@ def site_map(model: onnx.ModelProto, sites: Iterable[str] = ()) -> tuple[dict[st
     """``nodes``: site -> its nodes' names. ``values``: tensor -> name of its float value in the file.
 
     Every one of ``sites`` is in ``nodes``, with none if it left none. A tensor that is quantized is the value behind
-    its DequantizeLinear; ``@x`` is the graph input ``x``.
+    its DequantizeLinear, or the integers of a native kernel that no node dequantizes; ``@x`` is the graph input ``x``.
     """
     graph = model.graph
     nodes: dict[str, list[str]] = {site: [] for site in sites}
     values = {f"@{value.name}": value.name for value in graph.input}
     written: dict[str, str] = {}
     converted: dict[str, str] = {}
+    stored: dict[str, str] = {}
     metadata = [{entry.key: entry.value for entry in node.metadata_props} for node in graph.node]
     origins = [origin_of(notes) for notes in metadata]
     readers: dict[str, list[int]] = {}
@@ -122,9 +125,14 @@ def site_map(model: onnx.ModelProto, sites: Iterable[str] = ()) -> tuple[dict[st
     for node, origin, notes in zip(graph.node, origins, metadata, strict=True):
         if origin.tensor and node.op_type == DEQUANTIZE:
             converted.setdefault(origin.tensor, node.output[0])
+        if origin.tensor and node.op_type == "Transpose":  # behind a kernel in NHWC, as the dequantizer before it
+            converted[origin.tensor] = node.output[0]
         if not origin.site:
             continue
         nodes.setdefault(notes.get(_OWNER, origin.site), []).append(node.name)
+        if GIVES in notes:
+            stored[notes[GIVES]] = node.output[0]
+            continue
         leaves = [
             name
             for name in node.output
@@ -132,7 +140,7 @@ def site_map(model: onnx.ModelProto, sites: Iterable[str] = ()) -> tuple[dict[st
         ]
         for k, name in enumerate(leaves):
             written[f"{origin.site}#{k}" if k else origin.site] = name
-    return {site: tuple(names) for site, names in nodes.items()}, {**values, **written, **converted}
+    return {site: tuple(names) for site, names in nodes.items()}, {**values, **written, **stored, **converted}
 
 
 def conversions(model: onnx.ModelProto) -> dict[str, str]:
@@ -186,6 +194,6 @@ def name_nodes(graph: ir.Graph) -> None:
         counts[name] = counts.get(name, 0) + 1
         node.name = f"{name}.{counts[name] - 1}" if counts[name] > 1 else name
         # the other notes of the exporter hold source paths of this machine and triple the size of a small file
-        kept = {key: node.metadata_props[key] for key in (SCOPES, _OWNER) if key in node.metadata_props}
+        kept = {key: node.metadata_props[key] for key in (SCOPES, _OWNER, GIVES) if key in node.metadata_props}
         node.metadata_props.clear()
         node.metadata_props.update(kept)

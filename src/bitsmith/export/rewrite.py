@@ -170,7 +170,7 @@ def _keep_zero(quantizers: list[ir.Node]) -> bool:
                 return False
             zero = None
         else:
-            low, high = _bounds(node)
+            low, high = bounds(node)
             if low is None or high is None or bool((zero < low).any() or (zero > high).any()):
                 return False
     return zero is None
@@ -322,7 +322,7 @@ def drop_implied_clips(graph: ir.Graph) -> None:
             continue
         if node.inputs[0].dtype is not None and not node.inputs[0].dtype.is_floating_point():
             continue
-        low, high = _bounds(node)
+        low, high = bounds(node)
         uses = node.outputs[0].uses()
         if low is None or high is None or not uses:
             continue
@@ -330,15 +330,16 @@ def drop_implied_clips(graph: ir.Graph) -> None:
             replace(node.outputs[0], node.inputs[0])
 
 
-def _bounds(node: ir.Node) -> tuple[float | None, float | None]:
+def bounds(node: ir.Node) -> tuple[float | None, float | None]:
+    """The limits of a Relu or Clip; None where one is no constant."""
     if node.op_type == "Relu":
         return 0.0, math.inf
-    bounds: list[float | None] = []
+    limits: list[float | None] = []
     for index, default in ((1, -math.inf), (2, math.inf)):
         value = node.inputs[index] if index < len(node.inputs) else None
         array = constant(value)
-        bounds.append(default if value is None else None if array is None else float(array))
-    return bounds[0], bounds[1]
+        limits.append(default if value is None else None if array is None else float(array))
+    return limits[0], limits[1]
 
 
 def _saturates(quantizer: ir.Node, low: float, high: float) -> bool:
@@ -350,7 +351,7 @@ def _saturates(quantizer: ir.Node, low: float, high: float) -> bool:
     limits = np.iinfo(zero.dtype)
     least, greatest = limits.min, limits.max
     for use in quantizer.outputs[0].uses():  # fewer bits: the integers are clipped behind the quantizer
-        clip = _bounds(use.node) if use.node.op_type == "Clip" else (None, None)
+        clip = bounds(use.node) if use.node.op_type == "Clip" else (None, None)
         if clip[0] is None or clip[1] is None or len(quantizer.outputs[0].uses()) > 1:
             break
         least, greatest = max(least, int(clip[0])), min(greatest, int(clip[1]))

@@ -1,17 +1,21 @@
 """How the reference quantization operations are written in ONNX, where torch's own table falls short.
 
 torch 2.13 drops ``quant_min`` and ``quant_max`` of per-tensor quantization, so 4-bit activations would silently run
-with 8 bits, and it has no translation for group-wise weights.
+with 8 bits, and it has no translation for group-wise weights. Operations of ours become nodes of our own domain.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from ..numerics import dialect
+from ..numerics import dialect, winograd_operation
+
+DOMAIN, WINOGRAD = "bitsmith", "Winograd"
+"""Where operations are that ONNX does not have, and the one there is."""
 
 
 def translations(opset: int) -> Mapping[Callable[..., Any], Callable[..., Any]]:
@@ -20,6 +24,7 @@ def translations(opset: int) -> Mapping[Callable[..., Any], Callable[..., Any]]:
     from onnxscript import opset20, opset21
 
     dialect.load()
+    winograd_operation.load()
     op: Any = opset21 if opset >= 21 else opset20
 
     def parameters(scale: Any, zero_point: Any, dtype: Any) -> tuple[Any, Any]:
@@ -50,14 +55,51 @@ def translations(opset: int) -> Mapping[Callable[..., Any], Callable[..., Any]]:
             return op.DequantizeLinear(w, scales, axis=1, block_size=group_size)
         return op.DequantizeLinear(w, scales, op.Cast(zero_points, to=int(dtype)), axis=1, block_size=group_size)
 
+    def winograd(
+        x: Any,
+        u: Any,
+        mul: Any,
+        us: Any,
+        bias: Any,
+        scale: float,
+        tile: int,
+        kernel: Sequence[int],
+        pads: Sequence[int],
+        bits: int,
+    ) -> Any:
+        given = {"scale": scale, "tile": tile, "kernel": list(kernel), "pads": list(pads), "bits": bits}
+        return _winograd()(x, u, mul, us, bias, **given)
+
     decomposed = torch.ops.quantized_decomposed
     return {
+        torch.ops.bitsmith.winograd.default: winograd,
         decomposed.quantize_per_tensor.default: quantize_per_tensor,
         decomposed.quantize_per_tensor.tensor: quantize_per_tensor,
         decomposed.dequantize_per_tensor.default: dequantize_per_tensor,
         decomposed.dequantize_per_tensor.tensor: dequantize_per_tensor,
         decomposed.dequantize_per_channel_group.default: dequantize_per_channel_group,
     }
+
+
+@functools.cache
+def _winograd() -> Any:
+    """``bitsmith::Winograd``: float in and out, as ``torch.ops.bitsmith.winograd``."""
+    from onnx.defs import OpSchema
+    from onnxscript import values
+
+    kinds = {"x": "tensor(float)", "u": "U", "mul": "tensor(int16)", "us": "tensor(float)", "bias": "tensor(float)"}
+    types, own = OpSchema.AttrType, OpSchema.Attribute
+    attributes = {"scale": types.FLOAT, "tile": types.INT, "kernel": types.INTS, "pads": types.INTS, "bits": types.INT}
+    schema = OpSchema(
+        WINOGRAD,
+        DOMAIN,
+        1,
+        inputs=[OpSchema.FormalParameter(name, kind) for name, kind in kinds.items()],
+        outputs=[OpSchema.FormalParameter("y", "tensor(float)")],
+        type_constraints=[("U", ["tensor(int8)", "tensor(int16)"], "transformed weights")],
+        attributes=[own(name, kind) for name, kind in attributes.items()],
+    )
+    return values.Op(values.Opset(DOMAIN, 1), WINOGRAD, schema)
 
 
 _LIMITS = {

@@ -221,7 +221,7 @@ def build(
     if plan.prepare:
         net = ready or prepared(net, plan, calibration)
     placement = place(plan, net.record)
-    statistics = calibrate(net, placement.tensors, calibration, progress) if placement.tensors else {}
+    statistics = calibrate(net, placement.wanted, calibration, progress) if placement.wanted else {}
     record = net.with_statistics(statistics).record
     replica = duplicate(net.model)
     additions = Additions()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from ..data import call, items
 from ..numerics.statistics import NonFiniteError, TensorStatistics
 from ..site import Format
+from ..technique import Observer, Statistic
 from .flow import tensors
+from .formats import Read
 from .intercept import instrument
 from .network import Network, duplicate
 from .replay import Call, Names
@@ -24,9 +26,14 @@ class CalibrationError(ValueError):
 class _Observer(Names):
     """The handler that feeds statistics while the float network runs."""
 
-    def __init__(self, net: Network, wanted: Mapping[str, TensorStatistics]) -> None:
+    def __init__(
+        self, net: Network, wanted: Mapping[str, TensorStatistics], observed: Mapping[tuple[Read, Observer], Statistic]
+    ) -> None:
         super().__init__(net)
         record = net.record
+        self.observed: dict[str, list[tuple[int, Statistic]]] = {}
+        for ((site_name, index), _), statistic in observed.items():
+            self.observed.setdefault(site_name, []).append((index, statistic))
         self.reads: dict[str, list[tuple[int, str]]] = {}
         self.writes: dict[str, list[tuple[int, str]]] = {}
         self.statistics = wanted
@@ -45,13 +52,12 @@ class _Observer(Names):
                     else:
                         continue
                     break
-        self.watch({*self.reads, *self.writes})
+        self.watch({*self.reads, *self.writes, *self.observed})
 
     def compute(self, name: str, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        if name in self.reads:
+        if name in self.reads or name in self.observed:
             operands, _ = call.operation.split(args, kwargs)
-            for index, tensor in self.reads[name]:
-                self._see(tensor, [t for t in operands if isinstance(t, Tensor)][index])
+            self._read(name, [t for t in operands if isinstance(t, Tensor)])
         output = call.run(*args, **kwargs)
         self._made(name, output)
         return output
@@ -59,23 +65,27 @@ class _Observer(Names):
     def compute_module(
         self, name: str, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
-        given = [*tensors(args), *tensors(dict(kwargs))]
-        for index, tensor in self.reads.get(name, ()):
-            self._see(tensor, given[index])
+        self._read(name, [*tensors(args), *tensors(dict(kwargs))])
         output = inner(*args, **kwargs)
         self._made(name, output)
         return output
+
+    def _read(self, name: str, given: Sequence[Tensor]) -> None:
+        for index, tensor in self.reads.get(name, ()):
+            self._see(tensor, self.statistics[tensor], given[index])
+        for index, statistic in self.observed.get(name, ()):
+            self._see(f"{name}<{index}", statistic, given[index])
 
     def _made(self, name: str, output: Any) -> None:
         wanted = self.writes.get(name)
         if wanted:
             made = list(tensors(output))
             for index, tensor in wanted:
-                self._see(tensor, made[index])
+                self._see(tensor, self.statistics[tensor], made[index])
 
-    def _see(self, tensor: str, value: Tensor) -> None:
+    def _see(self, tensor: str, statistic: Statistic, value: Tensor) -> None:
         try:
-            self.statistics[tensor].update(value)
+            statistic.update(value)
         except NonFiniteError as error:
             raise CalibrationError(
                 f"the tensor {tensor!r} holds {error} on the calibration data; the model must be finite in float "
@@ -85,39 +95,45 @@ class _Observer(Names):
 
 def calibrate(
     net: Network,
-    wanted: Iterable[tuple[str, Format]],
+    wanted: Iterable[tuple[str, Format] | tuple[Read, Observer]],
     data: Any,
     progress: Callable[[int], None] | None = None,
-) -> dict[str, TensorStatistics]:
+) -> dict[Any, Any]:
     """Statistics of each wanted tensor over ``data`` (items ``(inputs, target)``), in eval mode, without gradients.
 
+    By tensor name for (tensor, format); by ((site, operand), observer) for what a technique's observer collects there.
     Memory does not grow with the number of samples. Statistics that the record already holds are kept and only the
     missing ones collected. Raises ``CalibrationError`` for NaN or infinite activations.
     """
-    known: dict[str, TensorStatistics] = dict(net.record.statistics)
+    known: dict[Any, Any] = dict(net.record.statistics)
     needed: dict[str, bool] = {}
-    for tensor, fmt in wanted:
-        histogram = fmt.range.needs_histogram
-        have = known.get(tensor)
-        if have is None or (histogram and have.histogram is None):
-            needed[tensor] = needed.get(tensor, False) or histogram
-    if not needed:
+    observed: dict[tuple[Read, Observer], Statistic] = {}
+    for where, what in wanted:
+        if isinstance(what, Format):
+            tensor, histogram = str(where), what.range.needs_histogram
+            have = known.get(tensor)
+            if have is None or (histogram and have.histogram is None):
+                needed[tensor] = needed.get(tensor, False) or histogram
+        elif not isinstance(where, str) and (where, what) not in known:
+            observed[where, what] = what.start()
+    if not needed and not observed:
         return known
     fresh = {tensor: TensorStatistics(histogram=histogram) for tensor, histogram in needed.items()}
     replica = duplicate(net.model).eval()
-    instrument(replica, _Observer(net, fresh), net.modules)
+    instrument(replica, _Observer(net, fresh, observed), net.modules)
     with torch.no_grad():
         for done, (inputs, _) in enumerate(items(data, "calibration"), start=1):
             call(replica, inputs, net.forward)
             if progress is not None:
                 progress(done)
     unseen = [tensor for tensor, statistics in fresh.items() if not statistics.count]
+    unseen += [f"{site}<{index}" for ((site, index), _), statistic in observed.items() if not statistic.count]
     if unseen:
         raise CalibrationError(
             f"the calibration data never reached {', '.join(unseen[:5])}: the model took another branch than on the "
             "example; give calibration data like the example"
         )
-    return {**known, **fresh}
+    return {**known, **fresh, **observed}
 
 
 def check_weights(model: nn.Module) -> None:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..plan import Plan
 from ..site import Format, Record
+from ..technique import Observer
+
+Read = tuple[str, int]
+"""Site and operand."""
 
 
 @dataclass(frozen=True)
 class Placement:
     """``reads``: (site, operand) -> (tensor, format, whether the reader applies it). ``writes``: (site, output) ->
-    (tensor, format) applied where the tensor is made."""
+    (tensor, format) applied where the tensor is made. ``observers``: (site, operand) -> what else to collect there."""
 
-    reads: Mapping[tuple[str, int], tuple[str, Format, bool]]
+    reads: Mapping[Read, tuple[str, Format, bool]]
     writes: Mapping[tuple[str, int], tuple[str, Format]]
+    observers: Mapping[Read, Observer] = field(default_factory=dict)
 
     @property
     def tensors(self) -> dict[tuple[str, Format], None]:
@@ -27,16 +32,25 @@ class Placement:
             found[tensor, fmt] = None
         return found
 
+    @property
+    def wanted(self) -> list[tuple[str, Format] | tuple[Read, Observer]]:
+        """What calibration has to collect: a range for every quantizer, and what the techniques ask for besides."""
+        return [*self.tensors, *self.observers.items()]
+
 
 def place(plan: Plan, record: Record) -> Placement:
     """Decide for every tensor of an (adapted) plan where its quantizers stand."""
-    asked: dict[str, dict[tuple[str, int], Format]] = {}
+    asked: dict[str, dict[Read, Format]] = {}
+    observers: dict[Read, Observer] = {}
     for name, technique in plan.sites.items():
         site = record.sites[name]
         formats = technique.reads(site)
         for index, (operand, fmt) in enumerate(zip(site.operands, formats, strict=True)):
             if fmt is not None and not operand.constant and operand.floating:
                 asked.setdefault(operand.tensor, {})[name, index] = fmt
+        for index, observer in enumerate(technique.wants(site).observers):
+            if observer is not None:
+                observers[name, index] = observer
     written: dict[str, Format] = {}
     for name, technique in plan.sites.items():
         output = technique.writes(record.sites[name])
@@ -57,4 +71,4 @@ def place(plan: Plan, record: Record) -> Placement:
         for tensor, readers in asked.items()
         for key, fmt in readers.items()
     }
-    return Placement(reads, writes)
+    return Placement(reads, writes, observers)

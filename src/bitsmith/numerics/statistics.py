@@ -60,7 +60,7 @@ class TensorStatistics:
             raise NonFiniteError(int(flat.isnan().sum()), int(flat.isinf().sum()), flat.numel())
         self.minimum, self.maximum = min(self.minimum, minimum), max(self.maximum, maximum)
         if self.histogram is not None:
-            sample = _strided(flat, self.subsample, self.count).to("cpu", torch.float64)
+            sample = strided(flat, self.subsample, self.count).to("cpu", torch.float64)
             weight = flat.numel() / sample.numel()
             self._cover(minimum, maximum)
             self.zeros += weight * (sample.numel() - int(sample.count_nonzero()))
@@ -171,7 +171,7 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1)
 
 
-def _strided(flat: Tensor, limit: int, seen: int) -> Tensor:
+def strided(flat: Tensor, limit: int, seen: int) -> Tensor:
     """At most ``limit`` elements at an even stride that has no common divisor with the size, so that no channel or
     column is preferred; the start moves with ``seen``."""
     size = flat.numel()

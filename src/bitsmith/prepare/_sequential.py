@@ -104,7 +104,7 @@ def round_weights(
     samples, and twice ``rows`` x inputs of a layer. Time: one forward of each, plus ``solve``.
     """
     # ranges stay those that the weights are rounded for: what ran here is what is built afterwards
-    statistics = calibrate(net, place(plan, net.record).tensors, data)
+    statistics = calibrate(net, place(plan, net.record).wanted, data)
     net = net.with_statistics(statistics)
     simulated = build(net, plan, data)
     found = dict(_matrices(net, plan, simulated))

@@ -67,7 +67,7 @@ class CorrectBias(Step):
         places = _places(net, plan)
         if not places:
             return net
-        statistics = calibrate(net, place(plan, net.record).tensors, data)
+        statistics = calibrate(net, place(plan, net.record).wanted, data)
         net = net.with_statistics(statistics)
         model, simulation = duplicate(net.model), build(net, plan, data).eval()
         for name, shift in _shifts(net, simulation, data, places, self.samples).items():

@@ -43,7 +43,8 @@ class Node:
 
     @property
     def integer(self) -> bool:
-        return self.kernel.endswith(("_I8", "_u8", "_i8"))
+        own = self.kind == "Reference" and set(self.outputs) <= _SMALL  # an operation of ours: integers in and out
+        return own or self.kernel.endswith(("_I8", "_u8", "_i8"))
 
 
 def executed(compiled: ov.CompiledModel) -> list[Node]:

@@ -22,12 +22,15 @@ from ..export.onnx import site_map, to_onnx
 from ..export.program import applied_program
 from ..model.apply import is_applied, plan_of
 from ..model.formats import place
+from ..numerics.winograd_operation import FORM
 from ..plan import Plan
 from ..site import Format, Record, Site
 from ..store import machine_key
 from ..technique import No, Technique
 from ..techniques.float_ import Float
 from ..techniques.int_ import Int
+from ..techniques.winograd import Winograd
+from . import _openvino_kernels
 from ._cpu import (
     batch_of,
     checked,
@@ -75,7 +78,8 @@ class OpenVino(Target):
     bfloat16, the plugin's own default where the processor has it. Off here: a float network then runs in float32, and
     a network that the plugin compiles to bfloat16 all the same is refused with :class:`TargetError`.
 
-    ``reduced_range``: as of :class:`~bitsmith.targets.OnnxRuntime`.
+    ``reduced_range``: as of :class:`~bitsmith.targets.OnnxRuntime`. ``kernels``: compute what
+    :class:`~bitsmith.Winograd` asks for with the operation of ``bitsmith-kernels``, which needs the extra ``kernels``.
 
     Activations become unsigned 8-bit affine (signed symmetric for :data:`SYMMETRIC`), weights signed 8-bit symmetric.
     Times are ``measured``, in ms per batch. Needs the extra ``openvino``.
@@ -87,6 +91,7 @@ class OpenVino(Target):
     threads: int = 2
     bfloat16: bool = False
     reduced_range: bool | None = None
+    kernels: bool = False
 
     def __post_init__(self) -> None:
         if self.threads < 1:
@@ -96,6 +101,9 @@ class OpenVino(Target):
 
     def supports(self, technique: Technique, site: Site) -> bool | No:
         form = technique.form(site)
+        if form == FORM:
+            refusal = _openvino_kernels.refusal(technique, site, self.kernels)
+            return True if refusal is None else refusal
         if form == "float":
             if isinstance(technique, Float) and technique.dtype == "bfloat16" and not self.bfloat16:
                 return No("bfloat16 is off: OpenVino(bfloat16=True) computes all that is not int8 in bfloat16")
@@ -134,9 +142,11 @@ class OpenVino(Target):
                 technique = dataclasses.replace(
                     in_range(technique, self.reduced_range), signed=symmetric, symmetric=symmetric, unsigned=unsigned
                 )
+            elif isinstance(technique, Winograd):
+                technique = _openvino_kernels.adapted(technique, record.site(name), self.kernels, self.reduced_range)
             sites[name] = technique
         _fuse_additions(additions, sites, record)
-        sites = {name: sites[name] for name in plan.sites if name in sites}
+        sites = _openvino_kernels.stored({name: sites[name] for name in plan.sites if name in sites}, record)
         return plan.replace(sites=sites, groups=shared_groups(plan.groups, sites))
 
     def realise(self, plan: Plan, record: Record) -> Mapping[str, Realised | No]:
@@ -160,14 +170,26 @@ class OpenVino(Target):
         self, model: onnx.ModelProto, path: str | Path, sites: Sequence[str], plan: Plan, batch: int | None = None
     ) -> Artifact:
         """Read a graph into OpenVINO and save it, its weights and its map."""
-        openvino = _openvino()
-        path, exported = Path(path), openvino_form(model)
+        exported = openvino_form(model)
+        return self.save(exported, path, *site_map(exported, sites), plan, batch)
+
+    def save(
+        self,
+        exported: onnx.ModelProto,
+        path: str | Path,
+        nodes: Mapping[str, Sequence[str]],
+        values: Mapping[str, str],
+        plan: Plan,
+        batch: int | None = None,
+    ) -> Artifact:
+        """The artifact of a graph as it is; ``nodes``, ``values``: its map, by names in the graph."""
+        openvino, path = _openvino(), Path(path)
         if path.suffix != ".xml":
             raise ValueError(
                 f"{path}: OpenVINO reads a network from an .xml file and its weights from the .bin beside it"
             )
-        nodes, values = site_map(exported, sites)
-        network = openvino.Core().read_model(exported.SerializeToString())
+        core = _openvino_kernels.core(openvino, _openvino_kernels.needed_by(exported))
+        network = core.read_model(exported.SerializeToString())
         _name_operations(network, exported)
         check_writable(path.parent)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
@@ -283,23 +305,26 @@ class OpenVino(Target):
             "threads": self.threads,
             "bfloat16": self.bfloat16,
             "openvino": _openvino().get_version(),
+            **({"kernels": _openvino_kernels.version()} if self.kernels else {}),
         }
 
     def _read(self, path: Path) -> ov.Model:
-        openvino = _openvino()
         try:
-            return openvino.Core().read_model(str(path))
+            core = _openvino_kernels.core(_openvino(), _openvino_kernels.needed_by(path))
+        except OSError as error:
+            raise ArtifactError(f"OpenVINO cannot read {path}: {error}; export again") from error
+        try:
+            return core.read_model(str(path))
         except Exception as error:
             raise ArtifactError(f"OpenVINO cannot read {path}: {error}; export again") from error
 
     def _open(self, path: Path, values: Sequence[str] = (), counters: bool = False) -> ov.CompiledModel:
-        openvino = _openvino()
         model = self._read(path)
         known = {name for value in (*model.outputs, *model.inputs) for name in value.get_names()}
         extra = [name for name in dict.fromkeys(values) if name not in known]
         if extra:
             unfuse(model)
-            model.add_outputs(extra)
+            model.add_outputs([name for name in extra if name not in _openvino_kernels.add_results(model, extra)])
         settings = {
             "INFERENCE_NUM_THREADS": self.threads,
             "NUM_STREAMS": 1,
@@ -309,7 +334,7 @@ class OpenVino(Target):
             "PERF_COUNT": counters,
         }
         try:
-            compiled = openvino.Core().compile_model(model, "CPU", settings)
+            compiled = _openvino().Core().compile_model(model, "CPU", settings)
         except Exception as error:
             raise ArtifactError(f"OpenVINO cannot load {path}: {error}; export again") from error
         check_precision(executed(compiled), self.bfloat16)
@@ -357,14 +382,15 @@ def _fuse_additions(additions: Sequence[Site], sites: dict[str, Technique], reco
             info = record.tensors[operand.tensor]
             head = heads.get(info.producer, info.producer)
             technique = sites.get(head)
-            if not isinstance(technique, Int) or technique.a is None:
+            if not isinstance(technique, Winograd) and (not isinstance(technique, Int) or technique.a is None):
                 continue
             if info.readers == (addition.name,):
                 branches.append((head, technique, dataclasses.replace(fmt, range=technique.range)))
             elif len(formats.get(operand.tensor, ())) == 1:  # others read it as integers: so does the sum
                 sites[head] = dataclasses.replace(technique, out=next(iter(formats[operand.tensor])))
-        if len(branches) == 2:  # only one of them can take the other in
-            head, technique, stored = branches[-1]
+        if len(branches) == 2:  # only one of them can take the other in: ours, which gives nothing but integers
+            ours = [isinstance(branch[1], Winograd) for branch in branches]
+            head, technique, stored = branches[0 if ours == [False, True] else 1]
             sites[head] = dataclasses.replace(technique, out=stored)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..numerics import dialect
+from ..numerics.derived import Derived
 from ..numerics.ranges import weight_qparams
 from ..numerics.weights import dequantize_bias, fake_quantize_weight, folded_affine, integers_of
 from ..site import Format, Range, Record, Site
@@ -164,16 +165,6 @@ def _einsum_axis(equation: str, operand: int) -> int | None:
     return next((i for i, letter in enumerate(inputs[operand]) if letter in output and letter not in others), None)
 
 
-@dataclass
-class _Cache:
-    """Simulated weights and what they were computed from (held, so that no other tensor takes the same place)."""
-
-    sources: list[Tensor]
-    state: list[Any]
-    weight: Tensor
-    bias: Tensor | None
-
-
 class _IntCell(Cell):
     """Weights on their grid (folded with the normalisation behind, in eval), activations on theirs."""
 
@@ -187,7 +178,7 @@ class _IntCell(Cell):
         weight = site.weight
         self.slot = site.operands.index(weight) if weight is not None else -1
         self.axis: int | None = None
-        self._cache: _Cache | None = None
+        self._kept: Derived[tuple[Tensor, Tensor | None]] = Derived()
         self.int32_bias = site.kind in _INT32_BIAS and technique.a is not None and not technique.group
         if weight is None:
             return
@@ -238,30 +229,15 @@ class _IntCell(Cell):
     def _weight_and_bias(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.frozen:
             return self._shipped(bias)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._simulated(weight, bias)
         sources = [
             t for t in (weight, bias, self.weight_scale, self._input_scale(), *self._statistics()) if t is not None
         ]
-        if any(t.is_inference() for t in sources):  # they have no version to tell whether they changed
-            return self._simulated(weight, bias)
-        state = [(t._version, t.data_ptr(), t.dtype) for t in sources]
-        cache = self._cache
-        if (
-            cache is None
-            or cache.state != state
-            or any(a is not b for a, b in zip(cache.sources, sources, strict=True))
-        ):
-            cache = self._cache = _Cache(sources, state, *self._simulated(weight, bias))
-        return cache.weight, cache.bias
+        return self._kept.of(sources, lambda: self._simulated(weight, bias))
 
     def train(self, mode: bool = True) -> _IntCell:
-        self._cache = None
+        self._kept.clear()
         super().train(mode)
         return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": None}
 
     def _statistics(self) -> tuple[Any, ...]:
         if not self.norm:
@@ -303,9 +279,9 @@ class _IntCell(Cell):
     # -- export --------------------------------------------------------------------------------------------------
 
     def materialise(self) -> None:
-        if self._cache is None:  # nothing to ship: no weight, or the example does not come here
+        if self._kept.value is None:  # nothing to ship: no weight, or the example does not come here
             return
-        weight, bias = self._cache.weight, self._cache.bias
+        weight, bias = self._kept.value
         integers = integers_of(weight, self.weight_scale, self.weight_zero_point, self.axis, self.format)
         self.weight_name = "weight_q4" if self.format.bits <= 4 else "weight_q"
         self.register_buffer(self.weight_name, integers)
@@ -321,7 +297,7 @@ class _IntCell(Cell):
         elif bias is not None and self.norm:
             self.bias_form = "float"
             self.register_buffer("bias_f", bias.detach().clone())
-        self._cache = None
+        self._kept.clear()
         self.frozen = True
 
     def _shipped(self, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -1,0 +1,12 @@
+"""Exact int8 Winograd 3x3 convolutions for x86 CPUs.
+
+:class:`Winograd` packs the weights of one layer and runs it on 8-bit images; :func:`isas` says what this CPU has.
+The arithmetic is specified bit for bit in the README; every instruction set gives the same bits.
+"""
+
+from ._library import isas
+from .winograd import Winograd
+
+__version__ = "0.1.0"
+
+__all__ = ["Winograd", "isas", "__version__"]

@@ -1,0 +1,129 @@
+// Random layers on every instruction set against the scalar reference, for the sanitizers and valgrind (see README.md).
+// Usage: driver [cases]. The exit status is 0 if all agree.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "guarded.h"
+#include "layer.h"
+#include "pool.h"
+
+namespace {
+
+using namespace bitsmith;
+
+struct Random {
+    std::mt19937 engine{7};
+    int in(int low, int high) { return low + static_cast<int>(engine() % static_cast<unsigned>(high - low + 1)); }
+    bool coin() { return engine() & 1; }
+    void fill(std::uint8_t* data, std::size_t count) {
+        for (std::size_t i = 0; i < count; ++i) data[i] = static_cast<std::uint8_t>(engine());
+    }
+};
+
+struct Weights {
+    std::vector<std::int8_t> u8;
+    std::vector<std::int16_t> u16, mul;
+    std::vector<float> us, bias;
+};
+
+Spec random_spec(Random& random, Weights& w) {
+    Spec spec;
+    spec.tile = random.coin() ? 2 : 4;
+    spec.bits = random.coin() ? 8 : 16;
+    spec.channels_in = random.in(1, 80);
+    spec.channels_out = random.in(1, 80);
+    spec.x_signed = random.coin();
+    spec.x_zero = random.in(0, 255) - (spec.x_signed ? 128 : 0);
+    int* const pads[] = {&spec.pad_top, &spec.pad_left, &spec.pad_bottom, &spec.pad_right};
+    for (int* pad : pads) *pad = random.in(0, 2);
+    const int taps = (spec.tile + 2) * (spec.tile + 2);
+    const std::size_t rows = static_cast<std::size_t>(taps * spec.channels_out);
+    const std::size_t size = rows * static_cast<std::size_t>(spec.channels_in);
+    w.u8.resize(size);
+    w.u16.resize(size);
+    for (auto& u : w.u8) u = static_cast<std::int8_t>(random.in(-127, 127));
+    for (auto& u : w.u16) u = static_cast<std::int16_t>(random.in(-1000, 1000));
+    w.mul.resize(static_cast<std::size_t>(taps));
+    for (auto& m : w.mul) m = static_cast<std::int16_t>(random.in(1, 32767));
+    w.us.resize(rows);
+    for (auto& s : w.us) s = static_cast<float>(random.in(1, 1000)) * (spec.bits == 8 ? 1e-6f : 1e-8f);
+    w.bias.resize(static_cast<std::size_t>(spec.channels_out));
+    for (auto& b : w.bias) b = static_cast<float>(random.in(-100, 100)) * 0.3f;
+    spec.u = spec.bits == 8 ? static_cast<const void*>(w.u8.data()) : w.u16.data();
+    spec.mul = w.mul.data();
+    spec.us = w.us.data();
+    spec.bias = random.coin() ? w.bias.data() : nullptr;
+    return spec;
+}
+
+Levels random_levels(Random& random) {
+    const bool is_signed = random.coin();
+    return {static_cast<float>(random.in(1, 100)) * 0.03f, random.in(0, 255) - (is_signed ? 128 : 0), is_signed};
+}
+
+bool one_case(Random& random, int number) {
+    Weights weights;
+    Spec spec = random_spec(random, weights);
+    Call call;
+    call.batch = random.in(1, 3);
+    call.height = random.in(std::max(1, 3 - spec.pad_top - spec.pad_bottom), 18);
+    call.width = random.in(std::max(1, 3 - spec.pad_left - spec.pad_right), 18);
+    call.y_levels = random_levels(random);
+    call.residual_levels = random_levels(random);
+    call.low = call.y_levels.is_signed ? -128 : 0;
+    call.high = call.low + 255;
+    call.relu = random.coin();
+    const bool after = random.coin();
+    std::unique_ptr<Guarded> x, residual, expected;
+    for (const Isa isa : {Isa::reference, Isa::avx2, Isa::avx_vnni, Isa::avx512_vnni}) {
+        if (!available(isa)) continue;
+        spec.isa = isa;
+        const Layer layer(spec);
+        const std::size_t in = static_cast<std::size_t>(call.batch * call.height * call.width * spec.channels_in);
+        const std::size_t out = static_cast<std::size_t>(call.batch * layer.out_height(call.height) *
+                                                         layer.out_width(call.width) * spec.channels_out);
+        auto y = std::make_unique<Guarded>(out, after);
+        if (isa == Isa::reference) {
+            x = std::make_unique<Guarded>(in, after);
+            residual = std::make_unique<Guarded>(out, after);
+            random.fill(x->data(), in);
+            random.fill(residual->data(), out);
+            call.x = x->data();
+            call.residual = random.coin() ? residual->data() : nullptr;
+        }
+        call.y = y->data();
+        for (call.parts = 1; call.parts <= 3; ++call.parts) {
+            std::memset(y->data(), 0x55, out);
+            layer.run(call, pool_for);
+            if (!expected) {
+                expected = std::move(y);
+                y = std::make_unique<Guarded>(out, after);
+                call.y = y->data();
+            } else if (std::memcmp(y->data(), expected->data(), out)) {
+                std::printf("case %d: %s differs from the reference: tile %d, bits %d, %td -> %td channels, "
+                            "map %td x %td, %d threads\n",
+                            number, name_of(isa), spec.tile, spec.bits, spec.channels_in, spec.channels_out,
+                            call.height, call.width, call.parts);
+                return false;
+            }
+        }
+    }
+    return true;
+}
+
+}  // namespace
+
+int main(int count, char** words) {
+    const int cases = count > 1 ? std::atoi(words[1]) : 500;
+    Random random;
+    int bad = 0;
+    for (int i = 0; i < cases; ++i) bad += !one_case(random, i);
+    std::printf("%d cases, %d differ; instruction sets:", cases, bad);
+    for (const Isa isa : available_isas()) std::printf(" %s", name_of(isa));
+    std::printf("\n");
+    return bad != 0;
+}

@@ -1,0 +1,150 @@
+"""The operation of ``bitsmith-kernels`` in OpenVINO: where its extension is, and which sites it can compute."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..export.translations import DOMAIN
+from ..export.winograd import NCHW, OPERATION
+from ..model.formats import place
+from ..plan import Plan
+from ..site import Format, Record, Site
+from ..technique import No, Technique
+from ..techniques.int_ import Int
+from ..techniques.winograd import Winograd
+from ._cpu import in_range
+from .base import TargetError
+
+if TYPE_CHECKING:
+    import onnx
+    import openvino as ov
+
+INSTALL = "pip install ./kernels (a folder of Bitsmith's repository)"
+
+
+@functools.cache
+def extension() -> Path | No:
+    """The file of the extension for the OpenVINO that is installed, or why there is none."""
+    try:
+        from bitsmith_kernels import isas, openvino
+        from openvino import __version__ as installed
+    except ImportError as error:
+        return No(f"the native kernels are not installed ({error}); install them with: {INSTALL}")
+    try:
+        found: Path = openvino.extension(installed)
+    except ImportError as error:
+        return No(str(error))
+    if isas()[0] == "reference":
+        return No("this processor has none of the instruction sets that the native kernels are fast with")
+    return found
+
+
+def core(openvino: Any, needed: bool) -> Any:
+    """OpenVINO, knowing our operation if it is needed. Raises :class:`TargetError` where it cannot be loaded."""
+    if not needed:
+        return openvino.Core()
+    path = extension()
+    if isinstance(path, No):
+        raise TargetError(f"the network has convolutions for the native kernels: {path}")
+    return _extended(path)
+
+
+@functools.cache
+def _extended(path: Path) -> Any:
+    """Kept for good: with the last ``Core`` that knows it the library would go, under the models that it made."""
+    import openvino
+
+    made = openvino.Core()
+    try:
+        made.add_extension(str(path))
+    except RuntimeError as error:
+        raise TargetError(
+            f"the network has convolutions for the native kernels, and {path} cannot be loaded "
+            f"({str(error).strip().splitlines()[-1]}); install it again with: {INSTALL}"
+        ) from None
+    return made
+
+
+def needed_by(network: Path | onnx.ModelProto) -> bool:
+    """Whether a graph, or a file of OpenVINO or ONNX, has our operation."""
+    if isinstance(network, Path):
+        marks = {".xml": b'version="bitsmith"', ".onnx": OPERATION.encode()}
+        return network.suffix in marks and marks[network.suffix] in network.read_bytes()
+    return any(node.domain == DOMAIN for node in network.graph.node)
+
+
+def add_results(model: ov.Model, names: Collection[str]) -> set[str]:
+    """Make results of those values that are integers of our operation, as the floats that they stand for, in NCHW."""
+    from openvino import opset13
+
+    found: set[str] = set()
+    for node in model.get_ordered_ops():
+        asked = node.output(0).get_names() & set(names) if node.get_type_name() == OPERATION else set()
+        if not asked:
+            continue
+        given = node.get_attributes()
+        levels = opset13.subtract(opset13.convert(node, "f32"), opset13.constant(np.float32(given["y_zero"])))
+        value = opset13.multiply(levels, opset13.constant(np.float32(given["y_scale"])))
+        result = opset13.result(opset13.transpose(value, opset13.constant(NCHW)))
+        node.output(0).set_names(set())
+        result.output(0).set_names(asked)
+        model.add_results([result])
+        found |= asked
+    return found
+
+
+def version() -> str:
+    """Of the kernels that are installed."""
+    import bitsmith_kernels
+
+    return str(bitsmith_kernels.__version__)
+
+
+def refusal(technique: Technique, site: Site, kernels: bool) -> No | None:
+    """Why the operation does not compute a site under a technique of its form; None if it does."""
+    if not kernels:
+        return No("OpenVINO has no Winograd kernel; ours are used by OpenVino(kernels=True)")
+    if not isinstance(technique, Winograd) or technique.transforms != "static" or technique.tile not in (2, 4):
+        return No("native kernels have static transforms of tiles of 2 and 4")
+    if technique.tap_bits == 32:
+        return No("native kernels multiply integers of 8 or 16 bits")
+    if len(site.operands[1].shape) != 4 or tuple(site.operands[1].shape[2:]) != (3, 3):
+        return No("native kernels are for 3x3 in two dimensions")
+    path = extension()
+    return path if isinstance(path, No) else None
+
+
+def adapted(technique: Winograd, site: Site, kernels: bool, reduced: bool | None) -> Technique:
+    """The technique on unsigned activations, or, with a warning, the direct convolution where it cannot run."""
+    refused = refusal(technique, site, kernels)
+    if refused is None:
+        return dataclasses.replace(technique, signed=False)
+    direct = in_range(Int(8, 8, range=technique.range, weight_range=technique.weight_range), reduced)
+    warnings.warn(f"{site.name} is computed as {direct} in the place of {technique}: {refused}", stacklevel=2)
+    return direct
+
+
+def stored(sites: Mapping[str, Technique], record: Record) -> dict[str, Technique]:
+    """The output of every Winograd convolution in 8 bits, which is all that the operation gives.
+
+    Where its readers agree on a format, or it is taken into a stored sum, it has that one already.
+    """
+    written = place(Plan(dict(sites)), record).writes
+    found = dict(sites)
+    for name, technique in sites.items():
+        if not isinstance(technique, Winograd) or technique.out is not None:
+            continue
+        tail = record.tensors[record.site(name).tail]
+        behind = tail.readers[0] if len(tail.readers) == 1 and not tail.is_output else ""
+        summed = behind in sites and record.site(behind).kind == "add" and sites[behind].writes(record.site(behind))
+        place_of_tail = (tail.producer, record.sites[tail.producer].writes.index(tail.name))
+        if place_of_tail not in written and not summed:
+            found[name] = dataclasses.replace(technique, out=Format(8, range=technique.range))
+    return found

@@ -1,0 +1,204 @@
+"""Needs bitsmith-kernels (``pip install ./kernels``), built with this OpenVINO."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bitsmith.export.derive import INTEGER
+from bitsmith.export.graphs import Graphs
+from bitsmith.export.onnx import to_onnx
+from bitsmith.export.program import applied_program
+from bitsmith.model.apply import apply
+from bitsmith.model.network import network
+from bitsmith.plan import Plan
+from bitsmith.site import Format
+from bitsmith.targets import _openvino_kernels
+from bitsmith.targets.base import Artifact, TargetError
+from bitsmith.targets.openvino import OpenVino
+from bitsmith.technique import No, Technique
+from bitsmith.techniques.int_ import Int
+from bitsmith.techniques.winograd import Winograd
+from bitsmith.verify import verify
+
+pytest.importorskip("openvino")
+pytest.importorskip("bitsmith_kernels")
+
+F = nn.functional
+TARGET = OpenVino(threads=1, kernels=True)
+INT8 = Int(8, 8)
+
+
+class Residual(nn.Module):
+    """conv-relu6, pooling, conv-norm-relu, conv-norm, a sum with what a 1x1 made, relu, conv, spatial mean, linear."""
+
+    def __init__(self, width: int = 18) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, 40, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(40)
+        self.short = nn.Conv2d(width, 40, 1)
+        self.last = nn.Conv2d(40, 8, 3)
+        self.fc = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu6(self.stem(x)), 2)
+        y = F.relu(self.norm1(self.conv1(x)))
+        y = F.relu(self.norm2(self.conv2(y)) + self.short(x))
+        return self.fc(F.silu(self.last(y)).mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def case() -> tuple[nn.Module, list[tuple[Tensor, None]]]:
+    torch.manual_seed(0)
+    net, data = Residual().train(), [(torch.randn(4, 3, 21, 18), None) for _ in range(2)]
+    for x, _ in data:
+        net(x)
+    return net.eval(), data
+
+
+def plan_of(case: Any, technique: Technique, target: OpenVino = TARGET, only: str = "") -> Plan:
+    """The technique wherever it fits (at ``only``), int8 elsewhere."""
+    net, data = case
+    record = network(net, data[0][0][:1], inside=True).record
+    sites = {
+        name: technique if technique.fits(site) and only in name else INT8
+        for name, site in record.sites.items()
+        if site.role == "integer"
+    }
+    return target.adapt(Plan(sites), network(net, data[0][0][:1], names=sites).record)
+
+
+def exported(case: Any, plan: Plan, folder: Path, target: OpenVino = TARGET) -> tuple[nn.Module, Artifact]:
+    net, data = case
+    applied = apply(net, plan, data)
+    return applied, target.export(applied, folder / "net.xml", data[0][0][:2], batch=2)
+
+
+@pytest.mark.parametrize("technique", [Winograd(2), Winograd(4, 8), Winograd(4, 16), Winograd(2, 16)], ids=str)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_what_runs_is_what_was_simulated_bit_for_bit(case: Any, technique: Any, threads: int, tmp_path: Path) -> None:
+    target = OpenVino(threads=threads, kernels=True)
+    plan = plan_of(case, technique, target)
+    assert sum(isinstance(chosen, Winograd) for chosen in plan.sites.values()) == 4
+    net, artifact = exported(case, plan, tmp_path, target)
+    x = case[1][1][0][:2]
+    # behind the last integers there is float arithmetic, in another order of additions
+    (found,) = target.run(artifact, [x.numpy()])
+    with torch.inference_mode():
+        assert np.abs(found - net(x).numpy()).max() <= 1e-6
+    check = verify(net, artifact, case[1])
+    assert check.passed
+    exact = {site.site for site in check.sites if site.gap_db == np.inf}
+    assert {"stem", "conv1", "last", ":silu"} <= exact
+    assert check.whole_db > 110
+
+
+def test_every_neighbour_stays_in_integers(case: Any, tmp_path: Path) -> None:
+    _, artifact = exported(case, plan_of(case, Winograd(2), only="conv"), tmp_path)
+    ran = TARGET.inspect(artifact)
+    assert {name: ran[name].precision for name in ("stem", "conv1", "conv2", "short", "last", "fc")} == dict.fromkeys(
+        ("stem", "conv1", "conv2", "short", "last", "fc"), "int8"
+    )
+    assert "Reference" in ran["conv2"].reason
+    assert ran["add"].precision == "folded" if "add" in ran else ran[":add"].precision == "folded"
+
+
+def test_layouts_cost_nothing(case: Any, tmp_path: Path) -> None:
+    from bitsmith.targets._openvino_graph import executed
+
+    _, artifact = exported(case, plan_of(case, Winograd(2), only="conv"), tmp_path)
+    assert [node.name for node in executed(TARGET._open(artifact.path)) if node.kind == "Transpose"] == []
+
+
+def test_the_file_names_what_reads_it(case: Any, tmp_path: Path) -> None:
+    _, artifact = exported(case, plan_of(case, Winograd(2)), tmp_path)
+    x = case[1][0][0][:2]
+    again = OpenVino(threads=1).run(Artifact.load(artifact.path), [x.numpy()])
+    assert np.array_equal(again[0], TARGET.run(artifact, [x.numpy()])[0])
+
+
+def test_times_are_of_sites(case: Any, tmp_path: Path) -> None:
+    _, artifact = exported(case, plan_of(case, Winograd(2)), tmp_path)
+    assert all(TARGET.site_times(artifact, rounds=6).sites[name] > 0 for name in ("conv1", "conv2"))
+
+
+def test_files_of_plans_are_derived(case: Any) -> None:
+    net, data = case
+    whole = [plan_of(case, INT8), plan_of(case, Winograd(2))]
+    mixed = plan_of(case, Winograd(2), only="conv1")
+    record = network(net, data[0][0][:1], names=mixed.sites).record
+    graphs = Graphs(whole, lambda plan: apply(net, plan, data), data[0][0][:1], 1)
+    found = graphs.derived(mixed, record)
+    assert found is not None
+    direct = to_onnx(applied_program(apply(net, mixed, data), data[0][0][:1], 1)[0])
+    ours, theirs = (sorted((n.op_type, n.name) for n in one.graph.node) for one in (found[0], direct))
+    assert ours == theirs
+    assert sum(node.op_type == "Winograd" for node in direct.graph.node) == 1
+    assert Winograd in INTEGER
+
+
+def test_outputs_are_stored_where_no_reader_says_how(case: Any) -> None:
+    plan = plan_of(case, Winograd(2))
+    assert isinstance(plan.sites["last"], Winograd)
+    assert plan.sites["last"].out == Format(8)
+    assert plan.sites["conv1"].writes(None) is None  # type: ignore[arg-type]
+
+
+def test_the_sum_goes_into_the_kernel_whatever_the_order(case: Any) -> None:
+    plan = plan_of(case, Winograd(2))
+    assert plan.sites["short"].writes(None) is not None  # type: ignore[arg-type]
+    assert plan.sites["conv2"].writes(None) is None  # type: ignore[arg-type]
+
+
+REFUSED = {
+    "tile": (Winograd(6), True, "tiles of 2 and 4"),
+    "flex": (Winograd(2, transforms="flex"), True, "static transforms"),
+    "float": (Winograd(2, 32), True, "8 or 16 bits"),
+    "off": (Winograd(2), False, "OpenVino(kernels=True)"),
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_what_it_does_not_compute_is_refused_and_computed_directly(case: Any, why: str) -> None:
+    technique, kernels, reason = REFUSED[why]
+    target = OpenVino(threads=1, kernels=kernels)
+    site = network(case[0], case[1][0][0][:1]).record.site("conv1")
+    verdict = target.supports(technique, site)
+    assert isinstance(verdict, No)
+    assert reason in str(verdict)
+    with pytest.warns(UserWarning, match="is computed as Int"):
+        plan = plan_of(case, technique, target)
+    assert not any(isinstance(chosen, Winograd) for chosen in plan.sites.values())
+
+
+def test_without_the_kernels_the_plan_still_runs_and_the_file_says_what_it_lacks(
+    case: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, artifact = exported(case, plan_of(case, Winograd(2)), tmp_path)
+    monkeypatch.setattr(_openvino_kernels, "extension", lambda: No("built for another OpenVINO"))
+    with pytest.warns(UserWarning, match="is computed as Int.*built for another OpenVINO") as told:
+        plan = plan_of(case, Winograd(2))
+    assert [str(one.message).partition(" ")[0] for one in told] == ["stem", "conv1", "conv2", "last"]
+    x = case[1][0][0][:2].numpy()
+    _, direct = exported(case, plan, tmp_path / "..")
+    assert np.isfinite(TARGET.run(direct, [x])[0]).all()
+    with pytest.raises(TargetError, match="for the native kernels: built for another OpenVINO"):
+        TARGET._read(artifact.path)
+
+
+def test_an_extension_that_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import openvino
+
+    broken = tmp_path / "libbroken.so"
+    broken.write_bytes(b"no library")
+    monkeypatch.setattr(_openvino_kernels, "extension", lambda: broken)
+    with pytest.raises(TargetError, match=r"libbroken.so cannot be loaded .*pip install"):
+        _openvino_kernels.core(openvino, True)

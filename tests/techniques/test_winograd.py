@@ -1,0 +1,600 @@
+"""Winograd: what a cell computes against the kernels' contract in plain NumPy, its gradients, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import bitsmith as bs
+import winograd_reference as reference
+from bitsmith.export.program import applied_program
+from bitsmith.model.apply import additions_of, computer_of, materialised
+from bitsmith.model.network import network
+from bitsmith.numerics import winograd as algorithm
+from bitsmith.numerics.errors import sqnr_db
+from bitsmith.numerics.ranges import weight_qparams
+from bitsmith.site import Format, Range
+from bitsmith.technique import No
+from bitsmith.techniques.winograd import Winograd
+
+
+class Normalised(nn.Module):
+    """A 3x3 convolution, a normalisation that has seen something, and a ReLU."""
+
+    def __init__(self, channels: int = 5, out: int = 6, pads: Any = 1, bias: bool = False) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, out, 3, padding=pads, bias=bias)
+        self.norm = nn.BatchNorm2d(out)
+        nn.init.uniform_(self.norm.weight, 0.5, 1.5)
+        nn.init.normal_(self.norm.bias, std=0.3)
+        nn.init.normal_(self.norm.running_mean, std=0.3)  # type: ignore[arg-type]
+        nn.init.uniform_(self.norm.running_var, 0.5, 1.5)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.norm(self.conv(x)))
+
+
+def one(layer: nn.Module, technique: bs.Technique, *data: Tensor) -> tuple[nn.Module, Any]:
+    """The layer (the site ``0``) under a technique, in eval, and its cell."""
+    net = bs.apply(nn.Sequential(layer).eval(), bs.Plan({"0": technique}), [(x, None) for x in data])
+    return net, computer_of(net).cells["0"]
+
+
+def integers(net: nn.Module, name: str, x: Tensor) -> tuple[np.ndarray, int, float]:
+    """What the input's quantizer makes of ``x``, its zero point and its scale."""
+    quantizer = computer_of(net).cells[name].quantizers[0]
+    return quantizer.integers(x).numpy(), int(quantizer.zero_point), float(quantizer.scale)
+
+
+def contract(net: nn.Module, name: str, x: Tensor, weight: Tensor, bias: Tensor | None, pads: int) -> np.ndarray:
+    """The kernels' result for what a layer should pack: nothing of the cell but its calibrated peaks is used."""
+    cell = computer_of(net).cells[name]
+    tile = cell.tile
+    q, zero, scale = integers(net, name, x)
+    g = reference.G[tile]
+    u = np.einsum("ia,kcab,jb->ijkc", g, weight.detach().double().numpy(), g).reshape(-1, *weight.shape[:2])
+    peak = np.maximum(cell.tap_peak.double().numpy() / scale, 1e-6)
+    mul = np.clip(np.floor(127 / peak * 2**15), 1, 2**15 - 1).astype(np.int64)
+    unit = np.abs(u).max(2) / 127
+    us = (scale * 2.0**15 / mul[:, None] * unit).astype(np.float32)
+    b = np.zeros(u.shape[1], np.float32) if bias is None else bias.detach().numpy()
+    return reference.convolution(q, zero, np.rint(u / unit[:, :, None]), mul, us, b, tile, (pads,) * 4, 8)
+
+
+# -- the integer path --------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    tile=st.sampled_from([2, 4]),
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    pads=st.integers(1, 2),
+    bias=st.booleans(),
+    signed=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_a_cell_computes_the_contract_bit_for_bit(
+    tile: Any, size: tuple[int, int], pads: int, bias: bool, signed: bool, seed: int
+) -> None:
+    """Maps from 1x1, smaller than a tile, and of no multiple of it."""
+    torch.manual_seed(seed)
+    layer = nn.Conv2d(4, 5, 3, padding=pads, bias=bias)
+    x = torch.randn(3, 4, *size)
+    net, _ = one(layer, Winograd(tile, signed=signed), x)
+    wanted = contract(net, "0", x, layer.weight, layer.bias, pads)
+    with torch.no_grad():
+        got = net(x)
+    np.testing.assert_array_equal(got.numpy(), wanted)
+    np.testing.assert_array_equal(net(x).detach().numpy(), wanted)  # with gradients too
+    with torch.inference_mode():
+        np.testing.assert_array_equal(net(x).numpy(), wanted)
+
+
+@pytest.mark.parametrize("tile", [2, 4])
+def test_the_normalisation_is_folded_before_the_weights_are_transformed(tile: Any) -> None:
+    torch.manual_seed(0)
+    model, x = Normalised().eval(), torch.randn(2, 5, 9, 7)
+    net = bs.apply(model, bs.Plan({"conv": Winograd(tile)}), [(x, None)])
+    factor = model.norm.weight / torch.sqrt(model.norm.running_var + model.norm.eps)  # type: ignore[operator]
+    weight = model.conv.weight * factor.view(-1, 1, 1, 1)
+    bias = model.norm.bias - model.norm.running_mean * factor  # type: ignore[operator]
+    wanted = contract(net, "conv", x, weight, bias, 1)
+    with torch.no_grad():
+        got = net(x).numpy()
+    # the factor is computed in another order here: a weight in a thousand may fall to the other side
+    assert sqnr_db(torch.from_numpy(np.maximum(wanted, 0)), torch.from_numpy(got)) > 60
+    assert sqnr_db(model(x).detach(), torch.from_numpy(got)) > (25 if tile == 2 else 12)
+
+
+@pytest.mark.parametrize(("tile", "bits"), list(itertools.product([2, 4], [8, 16])))
+def test_what_ships_computes_the_same(tile: Any, bits: Any) -> None:
+    """``u``, ``mul``, ``us``, ``bias_f`` alone give the simulated result, by the plain contract and the operation."""
+    torch.manual_seed(0)
+    model, x = Normalised(bias=True).eval(), torch.randn(2, 5, 9, 7)
+    net = bs.apply(model, bs.Plan({"conv": Winograd(tile, bits)}), [(x, None)])
+    q, zero, scale = integers(net, "conv", x)
+    with torch.no_grad():
+        simulated = net(x)
+        shipped = materialised(net, lambda module: module(x))
+        cell = computer_of(shipped).cells["conv"]
+        assert torch.equal(shipped(x), simulated)
+    assert cell.u.dtype == (torch.int8 if bits == 8 else torch.int16)
+    assert (cell.mul.dtype, cell.us.dtype, cell.bias_f.dtype) == (torch.int16, torch.float32, torch.float32)
+    assert cell.u.shape == ((tile + 2) ** 2, 6, 5)
+    assert cell.input_scale == scale
+    parts = [getattr(cell, name).numpy() for name in ("u", "mul", "us", "bias_f")]
+    wanted = reference.convolution(q, zero, *parts, tile, (1, 1, 1, 1), bits)
+    np.testing.assert_array_equal(simulated.numpy(), np.maximum(wanted, 0))
+
+
+def test_an_exported_program_has_one_operation_with_the_integers() -> None:
+    torch.manual_seed(0)
+    model, x = Normalised().eval(), torch.randn(2, 5, 9, 7)
+    net = bs.apply(model, bs.Plan({"conv": Winograd()}), [(x, None)])
+    program, _ = applied_program(net, x)
+    nodes = [node for node in program.graph.nodes if node.target is torch.ops.bitsmith.winograd.default]
+    assert len(nodes) == 1
+    with torch.no_grad():
+        assert torch.equal(program.module()(x), net(x))
+
+
+def test_it_compiles_as_a_whole() -> None:
+    torch.manual_seed(0)
+    model, x = Normalised().eval(), torch.randn(2, 5, 9, 7)
+    for technique in (Winograd(), Winograd(4, transforms="flex")):
+        net = bs.apply(model, bs.Plan({"conv": technique}), [(x, None)])
+        with torch.no_grad():
+            wanted = net(x)
+            got = torch.compile(net, backend="eager", fullgraph=True)(x)
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_autocast_leaves_integers_alone() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Conv2d(4, 4, 3), torch.randn(2, 4, 8, 8)
+    net, _ = one(model, Winograd(), x)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        under = net(x)
+    with torch.no_grad():
+        assert torch.equal(under, net(x))
+
+
+def test_a_dead_channel_and_an_input_of_zeros() -> None:
+    layer = nn.Conv2d(4, 4, 3, padding=1)
+    with torch.no_grad():
+        layer.weight[1] = 0
+    for tile, bits in itertools.product([2, 4, 6], [8, 16]):
+        net, _ = one(layer, Winograd(tile, bits), torch.zeros(1, 4, 5, 5))  # type: ignore[arg-type]
+        with torch.no_grad():
+            out = net(torch.zeros(1, 4, 5, 5))
+            torch.testing.assert_close(out, layer.bias.view(1, -1, 1, 1).expand_as(out))
+            assert bool(net(torch.rand(1, 4, 5, 5)).isfinite().all())
+
+
+# -- accuracy ----------------------------------------------------------------------------------------------------------
+
+
+def test_signal_to_noise_on_synthetic_data() -> None:
+    """Measured with the prototypes of the kernels: direct 40 dB, F2 34, F4 18 to 21, F4 of 16 bits 42 to 49."""
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(64, 64, 3, padding=1), torch.randn(4, 64, 28, 28).relu()
+    with torch.no_grad():
+        exact = layer(x)
+
+    def db(technique: bs.Technique) -> float:
+        with torch.no_grad():
+            return sqnr_db(exact, one(layer, technique, x)[0](x))
+
+    assert 32 < db(Winograd(2)) < 37
+    assert 17 < db(Winograd(4)) < 23
+    assert 42 < db(Winograd(4, 16)) < 50
+    assert db(Winograd(2, 16)) > 42
+    assert 10 < db(Winograd(6)) < 17
+    assert db(Winograd(6, 16)) > 40
+    assert db(bs.Int(8, 8)) > 40
+    for tile, kind in itertools.product([2, 4, 6], ["static", "flex"]):
+        assert db(Winograd(tile, 32, kind)) > 100  # type: ignore[arg-type]
+        assert db(Winograd(tile, 8, kind)) < db(Winograd(tile, 16, kind))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kernel", [(3, 3), (1, 3), (3, 1)])
+@pytest.mark.parametrize("padding", [0, 1, (0, 2), "same", "valid"])
+@pytest.mark.parametrize("tile", [2, 4, 6])
+def test_kernels_paddings_and_float(tile: Any, padding: Any, kernel: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(3, 4, kernel, padding=padding), torch.randn(2, 3, 7, 10)
+    with torch.no_grad():
+        torch.testing.assert_close(one(layer, Winograd(tile, 32), x)[0](x), layer(x), rtol=1e-3, atol=1e-3)
+        assert sqnr_db(layer(x), one(layer, Winograd(tile, 16), x)[0](x)) > 30
+
+
+@pytest.mark.parametrize("tile", [2, 4, 6])
+def test_one_dimension(tile: Any) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Conv1d(8, 4, 3, padding=1), torch.randn(2, 8, 21)
+    with torch.no_grad():
+        torch.testing.assert_close(one(layer, Winograd(tile, 32), x)[0](x), layer(x), rtol=1e-4, atol=1e-4)
+        assert sqnr_db(layer(x), one(layer, Winograd(tile, 16), x)[0](x)) > 35
+        net, _ = one(layer, Winograd(tile), x)
+        shipped = materialised(net, lambda module: module(x))
+        torch.testing.assert_close(shipped(x), net(x), rtol=1e-6, atol=1e-6)
+
+
+def test_other_map_sizes_than_the_recorded_one() -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(8, 8, 3, padding=1), torch.randn(4, 8, 12, 12)
+    net, cell = one(layer, Winograd(4, 16), x)
+    for size in itertools.product((1, 2, 5, 13), repeat=2):
+        y = torch.randn(2, 8, *size).clamp(-3, 3)
+        with torch.no_grad():
+            assert sqnr_db(layer(y), net(y)) > 30
+    with pytest.raises(ValueError, match="smaller than the kernel"):
+        cell(torch.randn(2, 8, 0, 5), layer.weight, bias=layer.bias)
+
+
+def test_the_batches_of_calibration_count_together() -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(4, 4, 3, padding=1), torch.randn(8, 4, 9, 9)
+    whole, cell = one(layer, Winograd(), x)
+    parts, other = one(layer, Winograd(), *x.split(3))
+    assert torch.equal(cell.tap_peak, other.tap_peak)
+    torch.testing.assert_close(cell.tap_power, other.tap_power)
+    with torch.no_grad():
+        assert torch.equal(whole(x), parts(x))
+
+
+def test_a_range_of_weights_by_squared_error() -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(64, 8, 3, padding=1), torch.randn(2, 64, 8, 8)
+    with torch.no_grad():
+        layer.weight[:, 0] *= 8  # an outlier
+        net, _ = one(layer, Winograd(weight_range=Range("mse")), x)
+        net(x)
+        shipped = materialised(net, lambda module: module(x))
+        frozen = computer_of(shipped).cells["0"]
+        g = torch.from_numpy(reference.G[2])
+        u = torch.einsum("ia,kcab,jb->ijkc", g, layer.weight.double(), g).reshape(-1, 64)
+        steps = weight_qparams(u, 8, True, 0, None, Range("mse"))[0].view(16, 8)
+        unit = frozen.us / (frozen.input_scale * 2.0**15 / frozen.mul.float()[:, None])
+        torch.testing.assert_close(unit, steps, rtol=1e-5, atol=0)
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("tile", "bits"), list(itertools.product([2, 4, 6], [8, 16, 32])))
+def test_gradients_are_those_of_the_convolution(tile: Any, bits: Any) -> None:
+    """Straight-through: near the exact gradients of the convolution, which float64 gives; nearer with more bits."""
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(6, 5, 3, padding=1), torch.randn(3, 6, 8, 8)
+    net, _ = one(layer, Winograd(tile, bits), x)
+    net.train()
+    direction = torch.randn(3, 5, 8, 8)
+    given_ = x.clone().requires_grad_()
+    (net(given_) * direction).sum().backward()
+    own = x.double().requires_grad_()
+    weight, bias = layer.weight.detach().double().requires_grad_(), layer.bias.detach().double().requires_grad_()  # type: ignore[union-attr]
+    (F.conv2d(own, weight, bias, padding=1) * direction).sum().backward()
+    found = dict(net.named_parameters())
+    least = {8: {2: 25, 4: 12, 6: 2}[tile], 16: 35, 32: 80}[bits]
+    assert sqnr_db(weight.grad, found["0.weight"].grad) > least  # type: ignore[arg-type]
+    assert sqnr_db(own.grad, given_.grad) > least  # type: ignore[arg-type]
+    assert sqnr_db(bias.grad, found["0.bias"].grad) > 90  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("tile", [2, 4])
+def test_taps_that_saturate_pass_no_gradient(tile: Any) -> None:
+    """Against the same computation with the rounding left out and those taps cut off."""
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(3, 4, 3, padding=1), torch.rand(2, 3, 8, 8)
+    net, cell = one(layer, Winograd(tile), x)
+    cell.tap_peak.div_(3)
+    leaf = x.clone().requires_grad_()
+    direction = torch.randn(2, 4, 8, 8)
+    (net(leaf) * direction).sum().backward()
+    with torch.no_grad():
+        net(x)
+        frozen = computer_of(materialised(net, lambda module: module(x))).cells["0"]
+    other = x.clone().requires_grad_()
+    matrix = algorithm.input_matrix(tile, (3, 3))
+    levels = torch.from_numpy(integers(net, "0", x)[0].astype(np.float32))
+    with torch.no_grad():
+        d = algorithm.transformed(matrix, cell.tiling.cut(levels))
+        full = algorithm.scaled_taps(d, frozen.mul, 16)
+        inside = (full >= -128) & (full <= 127)
+    assert 0.02 < float(inside.float().mean()) < 0.98
+    v = algorithm.transformed(matrix, cell.tiling.cut(other / frozen.input_scale))
+    v = v * (frozen.mul.float() / 2**15).view(-1, 1, 1) * inside
+    f = algorithm.accumulated(v, frozen.u.float()) * frozen.us[:, :, None]
+    y = cell.tiling.join(algorithm.output_tiles(f, cell.tiling.taps), 2, 8, 8)
+    (y * direction).sum().backward()
+    torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_learned_transforms_have_the_gradients_of_finite_differences() -> None:
+    """In float64, without quantizers, through all three transforms, the weights and the input."""
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(2, 2, 3, padding=1).double(), torch.randn(1, 2, 5, 4, dtype=torch.float64)
+    tiling = algorithm.Tiling.of(4, (3, 3), (1, 1, 1, 1))
+
+    def compute(x: Tensor, weight: Tensor, at: Tensor, bt: Tensor, g: Tensor) -> Tensor:
+        u = algorithm.transformed_weight(weight, g, g)
+        d = algorithm.transformed(algorithm.kronecker(bt, bt), tiling.cut(x))
+        f = algorithm.transformed(algorithm.kronecker(at, at), algorithm.accumulated(d, u))
+        return tiling.join(f.view(4, 4, 2, -1), 1, 5, 4)
+
+    leaves = [x, layer.weight.detach(), *algorithm.transforms(4).tensors(torch.float64)]
+    leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+    assert torch.autograd.gradcheck(compute, leaves)
+    # and the cell's own gradients of its transforms are these
+    compute(*leaves).sum().backward()
+    net, cell = one(layer.float(), Winograd(4, 32, "flex"), x.float())
+    net(x.float()).sum().backward()
+    for name, leaf in zip(("at", "bt", "g"), leaves[2:], strict=True):
+        torch.testing.assert_close(getattr(cell, name).grad, leaf.grad.float(), rtol=1e-3, atol=1e-3)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("bits", [16, 32])
+def test_learned_transforms_learn(bits: Any) -> None:
+    """Pushed off Cook and Toom's, they find transforms of the convolution again, through all quantizers."""
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(8, 8, 3, padding=1), torch.randn(4, 8, 12, 12)
+    net, cell = one(layer, Winograd(2, bits, "flex"), x)
+    net.train()
+    with torch.no_grad():
+        exact = layer(x)
+        for matrix in (cell.at, cell.bt, cell.g):
+            matrix.add_(0.1 * torch.randn_like(matrix))
+        before = sqnr_db(exact, net(x))
+    optimizer = torch.optim.Adam([cell.at, cell.bt, cell.g], 5e-3)
+    for done in range(150):
+        cell.step(done, 150)
+        optimizer.zero_grad()
+        F.mse_loss(net(x), exact).backward()
+        optimizer.step()
+    net.eval()
+    with torch.no_grad():
+        assert sqnr_db(exact, net(x)) > before + 15
+
+
+@pytest.mark.parametrize("technique", [Winograd(2, 16), Winograd(4, 32), Winograd(6, 32, "flex")], ids=repr)
+def test_the_normalisation_itself_runs_in_training(technique: Winograd) -> None:
+    torch.manual_seed(0)
+    model, x = Normalised(bias=True), torch.randn(8, 5, 8, 8)
+    net = bs.apply(model.eval(), bs.Plan({"conv": technique}), [(x, None)]).train()
+    plain = copy.deepcopy(model).train()
+    got, wanted = net(x), plain(x)
+    assert sqnr_db(wanted.detach(), got.detach()) > 35
+    (got.square().sum()).backward()
+    (wanted.square().sum()).backward()
+    found = dict(net.named_parameters())
+    assert sqnr_db(plain.conv.weight.grad, found["conv.weight"].grad) > 25  # type: ignore[arg-type]
+    torch.testing.assert_close(net.norm.running_mean, plain.norm.running_mean, rtol=1e-2, atol=1e-2)
+
+
+def test_ranges_of_taps_follow_training() -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(3, 3, 3, padding=1), torch.rand(2, 3, 8, 8)
+    net, cell = one(layer, Winograd(), x)
+    peak = cell.tap_peak.clone()
+    cell.step(0, 10)
+    assert torch.equal(cell.tap_peak, peak)  # nothing was seen
+    with torch.no_grad():
+        net(x / 2)
+    cell.step(0, 10)
+    assert torch.equal(cell.tap_peak, peak)  # nor in eval
+    net.train()
+    net(x / 2)
+    cell.step(0, 10)
+    moved = peak - cell.tap_peak
+    assert bool((moved > 0).all())
+    torch.testing.assert_close(moved, 0.01 * peak / 2, rtol=0.1, atol=0)  # by the same part of the extremes
+    before = cell.tap_peak.clone()
+    cell.step(1, 10)
+    assert torch.equal(cell.tap_peak, before)
+
+
+# -- the technique -----------------------------------------------------------------------------------------------------
+
+
+def site_of(layer: nn.Module, *shape: int) -> bs.Site:
+    return network(nn.Sequential(layer).eval(), torch.zeros(shape)).record.sites["0"]
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "reason"),
+    [
+        (nn.Conv2d(4, 4, 3, stride=2), (1, 4, 8, 8), r"stride \(2, 2\)"),
+        (nn.Conv2d(4, 4, 3, stride=(1, 2)), (1, 4, 8, 8), r"stride \(1, 2\)"),
+        (nn.Conv2d(4, 4, 3, dilation=2), (1, 4, 8, 8), r"dilation \(2, 2\)"),
+        (nn.Conv2d(4, 4, 3, groups=2), (1, 4, 8, 8), "groups 2"),
+        (nn.Conv2d(4, 4, 5), (1, 4, 8, 8), "kernel is 5x5"),
+        (nn.Conv2d(4, 4, 1), (1, 4, 8, 8), "kernel is 1x1"),
+        (nn.Conv2d(4, 4, (3, 2)), (1, 4, 8, 8), "kernel is 3x2"),
+        (nn.Conv2d(4, 4, 3, padding=3), (1, 4, 8, 8), r"padding \(3, 3\)"),
+        (nn.Conv2d(4, 4, 3), (4, 8, 8), "3 dimensions"),
+        (nn.Conv3d(4, 4, 3), (1, 4, 8, 8, 8), "conv3d"),
+        (nn.ConvTranspose2d(4, 4, 3), (1, 4, 8, 8), "transposed"),
+        (nn.Linear(4, 4), (1, 4), "linear"),
+    ],
+)
+def test_refusals(layer: nn.Module, shape: tuple[int, ...], reason: str) -> None:
+    verdict = Winograd().fits(site_of(layer, *shape))
+    assert isinstance(verdict, No)
+    with pytest.raises(ValueError, match=reason):
+        bs.apply(nn.Sequential(layer).eval(), bs.Plan({"0": Winograd()}), [(torch.zeros(shape), None)])
+
+
+def test_weights_that_are_computed_are_refused() -> None:
+    class Dynamic(nn.Module):
+        def forward(self, x: Tensor, w: Tensor) -> Tensor:
+            return F.conv2d(x, w)
+
+    given_ = torch.zeros(1, 2, 5, 5), torch.zeros(2, 2, 3, 3)
+    (site,) = network(Dynamic().eval(), given_).record.sites.values()
+    verdict = Winograd().fits(site)
+    assert "computed while it runs" in str(verdict)
+
+
+def test_reflected_padding_is_computed_before() -> None:
+    """It is an operation of its own, behind which the convolution has none; its zeros are not assumed."""
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), torch.randn(2, 4, 9, 9)
+    model = nn.Sequential(nn.ReLU(), layer).eval()
+    net = bs.apply(model, bs.Plan({"1": Winograd(4, 16)}), [(x, None)])
+    with torch.no_grad():
+        assert sqnr_db(model(x), net(x)) > 35
+
+
+def test_an_accumulator_that_could_overflow_is_refused() -> None:
+    layer = nn.Conv2d(1, 1, 3)
+    site = site_of(layer, 1, 1, 4, 4)
+    wide = dataclasses.replace(site.operands[1], shape=(1, 132105, 3, 3))
+    verdict = Winograd().fits(dataclasses.replace(site, operands=(site.operands[0], wide)))
+    assert "132104" in str(verdict)
+
+
+TARGETS = (bs.targets.OnnxRuntime(), bs.targets.OpenVino(), bs.targets.Roofline(float32=50, bandwidth_gb_s=20))
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+def test_no_target_has_it_by_default(target: Any) -> None:
+    site = site_of(nn.Conv2d(4, 4, 3), 1, 4, 8, 8)
+    for technique in (Winograd(), Winograd(6), Winograd(4, 32, "flex")):
+        verdict = target.supports(technique, site)
+        assert isinstance(verdict, No)
+        assert "inograd" in str(verdict)
+
+
+def test_bits_by_hand() -> None:
+    site = site_of(nn.Conv2d(10, 6, 3), 1, 10, 8, 8)
+    assert Winograd(2).bits(site) == 16 * 60 * 8 + 16 * 6 * 32 + 16 * 16
+    assert Winograd(4, 16).bits(site) == 36 * 60 * 16 + 36 * 6 * 32 + 36 * 16
+    assert Winograd(6).bits(site) == 64 * 60 * 8 + 64 * 6 * 32 + 64 * 32
+    assert Winograd(4, 32).bits(site) == 36 * 60 * 32
+    assert Winograd(2, 8, "flex").bits(site) == 16 * 60 * 8 + 16 * 6 * 32 + 16 * 32 + 32 * (8 + 16 + 12)
+    assert Winograd(2).bits(site_of(nn.Conv1d(10, 6, 3), 1, 10, 8)) == 4 * 60 * 8 + 4 * 6 * 32 + 4 * 16
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"tile": 3},
+        {"tap_bits": 4},
+        {"transforms": "learned"},
+        {"weight_range": Range("entropy")},
+        {"tap_range": Range("percentile")},
+    ],
+)
+def test_bad_values(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Winograd(**wrong)
+
+
+def test_round_trip_of_plan_and_state(tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 9, 9)
+    technique = Winograd(4, 16, "flex", weight_range=Range("mse"), out=Format(8))
+    plan = bs.Plan({"0": technique, "1": Winograd(), "2": Winograd(6)})
+    assert bs.Plan.load(plan.save(tmp_path / "plan.json")) == plan
+    assert repr(technique) == (
+        "Winograd(tile=4, tap_bits=16, transforms='flex', weight_range=Range(method='mse', percentile=99.99), "
+        "out=Format(bits=8, signed=False, symmetric=False, range=Range(method='minmax', percentile=99.99)))"
+    )
+    layers = [nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 2, 3)]
+    model = nn.Sequential(*layers).eval()
+    net = bs.apply(model, plan, [(x, None)])
+    with torch.no_grad():
+        additions_of(net).cells["0"].bt.add_(0.01)
+        other = bs.apply(model, plan, [(3 * torch.randn(2, 3, 9, 9), None)])
+        assert not torch.equal(other(x), net(x))
+        other.load_state_dict(net.state_dict())
+        assert torch.equal(other(x), net(x))
+        assert torch.equal(copy.deepcopy(net)(x), net(x))
+
+
+def test_static_transforms_are_not_in_the_state() -> None:
+    net, _ = one(nn.Conv2d(3, 3, 3), Winograd(), torch.randn(1, 3, 8, 8))
+    names = {name.rpartition(".")[2] for name in net.state_dict() if ".cells." in name}
+    assert names == {"tap_peak", "tap_part", "tap_power"}
+
+
+def test_one_tensor_read_by_two_techniques_has_one_quantizer() -> None:
+    """The same format as ``Int``: both read what is stored once."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.a, self.b = (nn.Conv2d(c, 4, 3, padding=1) for c in (3, 4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.stem(x))
+            y: Tensor = self.a(x) + self.b(x)
+            return y
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, 8)
+    net = bs.apply(Two().eval(), bs.Plan({"a": Winograd(), "b": bs.Int(8, 8)}), [(x, None)])
+    cells = computer_of(net).cells
+    assert cells["a"].quantizers[0] is cells["b"].quantizers[0]
+    assert list(computer_of(net).written) == [":relu"]
+
+
+# -- steps -------------------------------------------------------------------------------------------------------------
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(Normalised(8, 8) for _ in range(4)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.blocks(x)
+        return y.mean((2, 3))
+
+
+@pytest.mark.parametrize("technique", [Winograd(2), Winograd(4), Winograd(4, 8, "flex")], ids=repr)
+def test_bias_correction_takes_the_mean_error_away(technique: Winograd) -> None:
+    torch.manual_seed(0)
+    model = Stack().eval()
+    data = [(torch.randn(64, 8, 8, 8), None) for _ in range(4)]
+    sites = {f"blocks.{k}.conv": technique for k in range(4)}
+    plain = bs.apply(model, bs.Plan(sites), data)
+    corrected = bs.apply(model, bs.Plan(sites, (bs.CorrectBias(),)), data)
+    x = torch.randn(256, 8, 8, 8)
+    with torch.no_grad():
+        errors = [float((net(x) - model(x)).mean(0).square().sum()) for net in (plain, corrected)]
+    assert errors[1] < 0.3 * errors[0]
+
+
+def test_range_methods_are_chosen_for_it() -> None:
+    torch.manual_seed(0)
+    model = Stack().eval()
+    data = [(torch.randn(32, 8, 8, 8), None) for _ in range(2)]
+    net = network(model, data[0][0])
+    plan = bs.choose_ranges(net, bs.Plan({f"blocks.{k}.conv": Winograd() for k in range(4)}), data)
+    assert all(isinstance(t, Winograd) for t in plan.sites.values())
+    x = data[0][0]
+    with torch.no_grad():
+        assert sqnr_db(model(x), bs.apply(model, plan, data)(x)) > 20
+
+
+def test_rounding_steps_leave_its_weights_alone() -> None:
+    """They round weights on a grid of their own; these are rounded after the transform."""
+    torch.manual_seed(0)
+    model = Stack().eval()
+    data = [(torch.randn(16, 8, 8, 8), None)]
+    sites: dict[str, bs.Technique] = {"blocks.0.conv": Winograd(), "blocks.1.conv": bs.Int(4, 8)}
+    net = bs.apply(model, bs.Plan(sites, (bs.Gptq(),)), data)
+    assert torch.equal(dict(net.named_parameters())["blocks.0.conv.weight"], model.blocks[0].conv.weight)
+    assert not torch.equal(dict(net.named_parameters())["blocks.1.conv.weight"], model.blocks[1].conv.weight)

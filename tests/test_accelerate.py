@@ -1,0 +1,182 @@
+"""Needs bitsmith-kernels (``pip install ./kernels``), built with this OpenVINO."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from torch import nn
+
+from bitsmith.accelerate import AccelerateError, accelerate, batch_size
+from bitsmith.cli.main import main
+from bitsmith.export.onnx import to_onnx
+from bitsmith.export.program import exported_program
+from bitsmith.targets.base import Artifact, SiteTimes, Timing
+from bitsmith.targets.openvino import OpenVino
+
+pytest.importorskip("openvino")
+pytest.importorskip("bitsmith_kernels")
+
+SHAPE = (2, 3, 16, 16)
+
+
+@dataclass(frozen=True)
+class Clock(OpenVino):
+    """OpenVINO with times that do not depend on the machine: by name of the convolution and of the file."""
+
+    layers: tuple[tuple[str, float], ...] = ()
+    whole: tuple[float, ...] = (2.0, 1.0)
+
+    def site_times(self, artifact: Artifact, rounds: int = 30) -> SiteTimes:
+        of = dict(self.layers)
+        return SiteTimes({name: of.get(artifact.path.stem, 1.0) for name in artifact.nodes}, {}, 0.0, 1.0, "measured")
+
+    def measure(self, artifacts: Sequence[Artifact], rounds: int = 30) -> list[Timing]:
+        return [Timing((ms,) * 3, 2, 1, "measured") for ms, _ in zip(self.whole, artifacts, strict=True)]
+
+
+FASTER = Clock(1, kernels=True, layers=(("base", 1.0), ("0", 0.5), ("1", 0.7)))
+
+
+def images(count: int, seed: int = 0) -> list[Any]:
+    return list(np.random.default_rng(seed).standard_normal((count, *SHAPE)).astype(np.float32))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    """A float network, and what ONNX Runtime's own quantizer makes of it."""
+    folder = tmp_path_factory.mktemp("files")
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 20, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(20 * 36, 10),
+    ).eval()
+    onnx.save(to_onnx(exported_program(net, torch.zeros(SHAPE))), str(folder / "float.onnx"))
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.items = iter([{"input": x} for x in images(4)])
+
+        def get_next(self) -> Any:
+            return next(self.items, None)
+
+    quantize_static(
+        str(folder / "float.onnx"),
+        str(folder / "int8.onnx"),
+        Reader(),
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+    )
+    return {"float": folder / "float.onnx", "int8": folder / "int8.onnx"}
+
+
+def operations(path: Path) -> list[str]:
+    return [node.op_type for node in onnx.load(str(path)).graph.node]
+
+
+def test_what_another_tool_made_is_accelerated(files: Mapping[str, Path], tmp_path: Path) -> None:
+    found = accelerate(files["int8"], tmp_path / "fast.onnx", images(3, 1), target=FASTER)
+    assert operations(tmp_path / "fast.onnx").count("WinogradConv") == found.replaced == 2
+    assert [layer.chosen for layer in found.layers] == [None, (2, 8), (2, 8)]
+    assert "stride 2x2" in found.layers[0].reason
+    assert found.layers[1].options == {(2, 8): 0.5, (4, 16): 0.7}
+    assert (found.ratio, found.samples, found.given) == (2.0, 6, True)
+    assert 20 < found.sqnr_db < 60
+    # the file as it lies there, against the original
+    ran = FASTER.run(Artifact.load(tmp_path / "fast.onnx"), [images(1, 2)[0]])[0]
+    original = FASTER._read(files["int8"])
+    import openvino
+
+    expected = openvino.compile_model(original, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(images(1, 2)[0])[0]
+    assert 20 * np.log10(np.linalg.norm(expected) / np.linalg.norm(ran - expected)) > 20
+
+
+def test_sixteen_bits_are_nearer(files: Mapping[str, Path], tmp_path: Path) -> None:
+    near, far = (
+        accelerate(files["int8"], tmp_path / f"{k}.onnx", images(3, 1), target=FASTER, options=[option]).sqnr_db
+        for k, option in enumerate([(4, 16), (2, 8)])
+    )
+    assert near > far + 5
+
+
+SLOWER = {
+    "layers": Clock(1, kernels=True, layers=(("base", 0.4), ("0", 0.5), ("1", 0.7))),
+    "whole": Clock(1, kernels=True, layers=FASTER.layers, whole=(1.0, 1.1)),
+}
+
+
+@pytest.mark.parametrize("what", SLOWER)
+def test_where_nothing_is_gained_the_file_stays_as_it_was(files: Mapping[str, Path], tmp_path: Path, what: str) -> None:
+    found = accelerate(files["int8"], tmp_path / "same.onnx", target=SLOWER[what])
+    assert found.replaced == 0
+    assert found.sqnr_db == np.inf
+    assert operations(tmp_path / "same.onnx") == operations(files["int8"])
+    if what == "whole":
+        assert found.ratio == 1.0
+
+
+def test_random_numbers_where_no_data_are_given(files: Mapping[str, Path], tmp_path: Path) -> None:
+    found = accelerate(files["int8"], tmp_path / "fast.onnx", target=FASTER)
+    assert (found.samples, found.given) == (8, False)
+
+
+def test_real_times_decide(files: Mapping[str, Path], tmp_path: Path) -> None:
+    found = accelerate(files["int8"], tmp_path / "fast.onnx", target=OpenVino(1, kernels=True), rounds=5)
+    assert found.before.source == found.after.source == "measured"
+    for layer in found.layers:
+        if layer.chosen is not None:
+            assert layer.options[layer.chosen] == min(layer.options.values()) < layer.ms
+
+
+def test_the_command_line(files: Mapping[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(tmp_path / "x.npy", np.concatenate(images(2, 3)))
+    np.savez(tmp_path / "x.npz", input=np.concatenate(images(2, 3)))
+    for data in ([], ["--data", str(tmp_path / "x.npy")], ["--data", str(tmp_path / "x.npz")]):
+        out = tmp_path / "fast.onnx"
+        argv = ["accelerate", str(files["int8"]), "-o", str(out), "--threads", "1", "--rounds", "3", *data]
+        assert main(argv) == 0
+        said = capsys.readouterr().out
+        assert "of 3 convolutions replaced" in said
+        assert ("given samples" in said) == bool(data)
+        assert out.exists()
+    assert batch_size(files["int8"]) == 2
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "float": ({"source": "float"}, "has no DequantizeLinear"),
+    "missing": ({"source": "missing"}, "does not exist"),
+    "text": ({"source": "text"}, "is no ONNX file"),
+    "out": ({"out": "fast.xml"}, "is written as .onnx"),
+    "empty": ({"data": []}, "the data are empty"),
+    "shape": ({"data": [np.zeros((1, 3, 16, 16), np.float32)]}, "item 0 of the data has shapes"),
+    "open": ({"source": "open"}, "has no fixed shape"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named(files: Mapping[str, Path], tmp_path: Path, case: str) -> None:
+    given, says = BAD[case]
+    (tmp_path / "text.onnx").write_text("no graph")
+    model = onnx.load(str(files["int8"]))
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "batch"
+    onnx.save(model, str(tmp_path / "open.onnx"))
+    source = files.get(given.get("source", "int8"), tmp_path / f"{given.get('source')}.onnx")
+    out = tmp_path / given.get("out", "fast.onnx")
+    with pytest.raises(AccelerateError, match=says):
+        accelerate(source, out, given.get("data"), target=FASTER)
+    assert not out.exists()
