@@ -13,13 +13,14 @@ from bitsmith.export.rewrite import rewritten
 from bitsmith.export.translations import DOMAIN
 from bitsmith.export.winograd import Candidate, Packed, convolutions, name_of, with_kernels
 from bitsmith.technique import No
+from winograd_reference import BT, G
 
-from .winograd_op import BT, G, WinogradConv
+from .winograd_op import WinogradConv
 
 
 def pack(what: Candidate, tile: int = 2, bits: int = 8) -> Packed:
     """Without calibration: multipliers from the bounds of the taps."""
-    reach = np.abs(np.array(BT[tile])).sum(1) * 255.0
+    reach = np.abs(BT[tile]).sum(1) * 255.0
     bound = np.outer(reach, reach).ravel() / 255.0
     limit = 127 if bits == 8 else 16383  # four channels of taps as they are: below 2^31
     mul = np.clip(np.floor((limit if bits == 8 else 2**15) / bound * 32768), 1, 32767).astype(np.int16)
