@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bitsmith.targets import _openvino_kernels
+
 Array = NDArray[Any]
 Run = Callable[[Sequence[Array]], list[Array]]
 
@@ -174,7 +176,8 @@ def _compiled(path: Path, threads: int, bfloat16: bool) -> Any:
         "INFERENCE_NUM_THREADS": threads,
         "INFERENCE_PRECISION_HINT": "bf16" if bfloat16 else "f32",
     }
-    return openvino.Core().compile_model(str(path), "CPU", settings)
+    core = _openvino_kernels.core(openvino, _openvino_kernels.needed_by(path))
+    return core.compile_model(core.read_model(str(path)), "CPU", settings)
 
 
 def _openvino_products(path: Path, bfloat16: bool) -> Products:

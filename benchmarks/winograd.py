@@ -1,0 +1,292 @@
+"""Native Winograd convolutions against the runtimes' own int8, layer by layer and in whole networks.
+
+    python -m benchmarks.winograd [--full] [--threads 1] [--only layers|networks]
+
+Batch 1, fixed shapes, everything through the targets and files that users have. *Layers*: ten equal 3x3 convolutions
+with weights of their own behind one another (weights come from memory, not from a cache), and one alone; per layer, a
+bar on one thread. *Networks*: ResNet-18 and -50 shapes and a VGG-16 trunk, random weights with statistics of real
+images, ResNet-20 with its own; against the fastest int8 file in OpenVINO (Bitsmith's, ONNX Runtime's quantizer's,
+NNCF's), each opened five times. ``accelerate`` chooses the convolutions by their measured times, in each of them.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import bitsmith as bs
+from bitsmith.accelerate import Accelerated, accelerate
+from bitsmith.data import Unlabelled
+from bitsmith.export.onnx import to_onnx
+from bitsmith.export.program import applied_program
+from bitsmith.zoo.cifar_resnet import resnet20
+from bitsmith.zoo.data import cifar10, imagenet_calibration, normalise_cifar, normalise_imagenet
+from bitsmith.zoo.resnet import resnet18, resnet50
+from bitsmith.zoo.statistics import settle_statistics
+from bitsmith.zoo.vgg import vgg
+from bitsmith.zoo.weights import load_npz
+
+from .harness import Benchmark, Samples, interleaved, ratio, table
+from .int8_peers import Source, made, silent, write_float
+from .runtimes import OFF, Run, opened, sqnr
+
+PARTS = {"layers": (4.0, 10.0), "networks": (14.0, 40.0)}
+DEPTH = 10
+LAYERS = ((64, 56), (128, 28), (256, 14), (512, 7))
+FORMS = {"F2 int8": (2, 8), "F4 int8": (4, 8), "F4 16 bits": (4, 16)}
+CALIBRATION, HELD_OUT, OPENINGS = 8, 8, 5
+
+
+def bar_of(form: str, channels: int, size: int) -> float | None:
+    """Of a layer's speed over the fastest runtime's; None: none was set."""
+    if form == "F2 int8":
+        return 1.2 if size == 7 else 1.45
+    if form == "F4 int8":
+        return 2.0 if size >= 14 else None
+    return 1.3 if size >= 28 else None
+
+
+# -- layers ------------------------------------------------------------------------------------------------------------
+
+
+def chain(channels: int, depth: int) -> nn.Module:
+    """Convolutions with bias and ReLU behind one another, weights as He et al. initialise them."""
+    torch.manual_seed(channels + depth)
+    layers: list[nn.Module] = []
+    for _ in range(depth):
+        conv = nn.Conv2d(channels, channels, 3, padding=1)
+        nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+        layers += [conv, nn.ReLU()]
+    return nn.Sequential(*layers).eval()
+
+
+def layers(bench: Benchmark) -> None:
+    lines = []
+    for channels, size in LAYERS:
+        for depth, where in ((DEPTH, "chain"), (1, "alone")):
+            times, cpu, db = one_shape(bench, channels, size, depth)
+            rival = min(("OpenVINO", "ONNX Runtime"), key=lambda name: times[name].median)
+            for name, samples in times.items():
+                gain = ratio(times[rival], samples)
+                cells = [f"{channels}@{size}", where, name, f"{samples.median / depth:.3f}", f"{cpu[name] / depth:.3f}"]
+                lines.append(
+                    [*cells, f"{gain.median:.2f}", "{:.2f} to {:.2f}".format(*gain.quartiles), f"{db[name]:.1f}"]
+                )
+                row = {"channels": channels, "size": size, "depth": depth, "file": name, "rival": rival}
+                bench.row(
+                    "layers", **row, ms=samples.median / depth, cpu=cpu[name] / depth, gain=gain.median, db=db[name]
+                )
+                bar = bar_of(name, channels, size) if name in FORMS and depth == DEPTH else None
+                if bar is not None and bench.threads == 1:
+                    bench.judge(f"{name} {channels}@{size}", gain.median, bar, "x", at_least=True)
+    heads = ["layer", "where", "computed by", "ms", "CPU ms", "x fastest runtime", "quartiles", "SQNR dB"]
+    table(f"one 3x3 convolution, {bench.threads} threads", heads, lines)
+
+
+def one_shape(
+    bench: Benchmark, channels: int, size: int, depth: int
+) -> tuple[dict[str, Samples], dict[str, float], dict[str, float]]:
+    """ms, CPU ms and SQNR to float (dB) of the whole chain, by file."""
+    model = chain(channels, depth)
+    draw = torch.Generator().manual_seed(size)
+    data = [torch.randn(1, channels, size, size, generator=draw).relu() for _ in range(CALIBRATION)]
+    openvino, native = bs.targets.OpenVino(bench.threads), bs.targets.OpenVino(bench.threads, kernels=True)
+    plans: dict[str, tuple[Any, bs.Technique]] = {
+        "OpenVINO": (openvino, bs.Int(8, 8)),
+        "ONNX Runtime": (bs.targets.OnnxRuntime(bench.threads), bs.Int(8, 8)),
+        **{name: (native, bs.Winograd(*form)) for name, form in FORMS.items()},
+    }
+    x = torch.randn(1, channels, size, size, generator=draw).relu()
+    with torch.inference_mode():
+        reference = [model(x).numpy()]
+    with tempfile.TemporaryDirectory(prefix="winograd-") as folder:
+        runs: dict[str, Callable[[], Any]] = {}
+        db = {}
+        for name, (target, technique) in plans.items():
+            net = bs.quantize(model, Unlabelled(data), target, technique, prepare=(), choose=False)
+            suffix = ".onnx" if target.name == "onnxruntime" else ".xml"
+            artifact = bs.export(net, target, Path(folder) / f"{name.replace(' ', '')}{suffix}", x)
+            run = opened(target.name, artifact.path, bench.threads, disabled=OFF)
+            db[name] = sqnr(reference, run([x.numpy()]))
+            runs[name] = lambda run=run: run([x.numpy()])
+        rounds = 200 if bench.options.full else 60
+        times = interleaved(runs, rounds, refill=True)
+        cpu = {name: cpu_ms(run, rounds) for name, run in runs.items()}
+    return times, cpu, db
+
+
+def cpu_ms(run: Callable[[], Any], rounds: int) -> float:
+    """Median CPU time of the whole process, its threads included."""
+    found = []
+    for _ in range(rounds):
+        start = time.process_time()
+        run()
+        found.append((time.process_time() - start) * 1e3)
+    return statistics.median(found)
+
+
+# -- networks ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Network:
+    """``open(root)``: the float network and images, one each. ``bars``: of the ratio to the fastest int8 file, by
+    threads."""
+
+    open: Callable[[Path], tuple[nn.Module, Tensor]]
+    bars: Mapping[int, float]
+
+
+def settled(build: Callable[[], nn.Module]) -> Callable[[Path], tuple[nn.Module, Tensor]]:
+    """Random weights, statistics of real images."""
+
+    def opened_from(root: Path) -> tuple[nn.Module, Tensor]:
+        images = torch.from_numpy(normalise_imagenet(imagenet_calibration(root)[: CALIBRATION + HELD_OUT]))
+        return settle_statistics(build().eval(), Unlabelled([images[:CALIBRATION]])), images
+
+    return opened_from
+
+
+def trained(root: Path) -> tuple[nn.Module, Tensor]:
+    """ResNet-20 with its own weights, and training images of CIFAR-10."""
+    images = normalise_cifar(cifar10(root)["x_train"][: CALIBRATION + HELD_OUT])
+    return load_npz(resnet20(), root / "cifar10_models" / "resnet20.npz").eval(), torch.from_numpy(images)
+
+
+def trunk() -> nn.Module:
+    """VGG-16's convolutions, and a linear layer on the means of their maps."""
+    return nn.Sequential(vgg(16, batch_norm=True).features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 1000))
+
+
+NETWORKS: Mapping[str, Network] = {
+    "ResNet-18": Network(settled(resnet18), {1: 1.36, 2: 1.31}),
+    "ResNet-50": Network(settled(resnet50), {1: 1.12}),
+    "VGG-16 trunk": Network(settled(trunk), {1: 1.5}),
+    "ResNet-20": Network(trained, {1: 1.0, 2: 1.0}),
+}
+
+
+def networks(bench: Benchmark) -> None:
+    root = bench.data()
+    if root is None:
+        return
+    lines: list[list[Any]] = []
+    for name, network in NETWORKS.items():
+        lines += one_network(bench, name, *network.open(root), network.bars)
+    heads = [
+        "network",
+        "int8 file",
+        "ms",
+        "accelerated ms",
+        "x itself",
+        "x fastest",
+        "5 openings",
+        "sites",
+        "dB",
+        "direct dB",
+    ]
+    table(f"whole networks in OpenVINO, batch 1, {bench.threads} threads", heads, lines)
+
+
+def one_network(
+    bench: Benchmark, name: str, model: nn.Module, images: Tensor, bars: Mapping[int, float]
+) -> list[list[Any]]:
+    """Every int8 file of the network and what ``accelerate`` made of it."""
+    singles = [images[k : k + 1] for k in range(len(images))]
+    calibration, held = singles[:CALIBRATION], singles[CALIBRATION:]
+    target = bs.targets.OpenVino(bench.threads, kernels=True)
+    with torch.inference_mode():
+        reference = [model(x).numpy() for x in held]
+    with tempfile.TemporaryDirectory(prefix="winograd-") as place:
+        folder = Path(place)
+        files = sources(model, calibration, folder, bench.threads)
+        found: dict[str, Accelerated] = {}
+        for label, path in files.items():
+            with silent():
+                found[label] = accelerate(
+                    path, folder / f"{len(found)}.onnx", [x.numpy() for x in calibration], target=target, rounds=30
+                )
+            print(f"{name}, {label}: {found[label].replaced} of {len(found[label].layers)} replaced", flush=True)
+        fast = {label: one.artifact.path for label, one in found.items()}
+        times = openings(bench, files, fast, held[0])
+        db = {path: quality(path, bench.threads, held, reference) for path in (*files.values(), *fast.values())}
+    best = min(files, key=lambda label: statistics.median(times[files[label]]))
+    lines = []
+    for label, path in files.items():
+        own = ratios(times[path], times[fast[label]])
+        over = ratios(times[files[best]], times[fast[label]])
+        before, after = (statistics.median(times[p]) for p in (path, fast[label]))
+        sites = f"{found[label].replaced} of {len(found[label].layers)}"
+        spread = f"{min(over):.2f} to {max(over):.2f}"
+        middle = statistics.median(over)
+        gains = [f"{statistics.median(own):.2f}", f"{middle:.2f}", spread]
+        nearness = [f"{db[fast[label]]:.1f}", f"{db[path]:.1f}"]
+        lines.append([name, label, f"{before:.2f}", f"{after:.2f}", *gains, sites, *nearness])
+        row = {"network": name, "file": label, "before": before, "after": after, "gains": over, "own": own}
+        bench.row("networks", **row, replaced=found[label].replaced, db=db[fast[label]], direct_db=db[path])
+        if label == "Bitsmith" and bench.threads in bars:
+            bench.judge(f"{name} over the fastest int8 file", middle, bars[bench.threads], "x", at_least=True)
+    return lines
+
+
+def sources(model: nn.Module, calibration: Sequence[Tensor], folder: Path, threads: int) -> dict[str, Path]:
+    """The int8 files that are compared: ours, and those of the peers that OpenVINO reads, in the QDQ form."""
+    import onnx
+
+    net = bs.quantize(model, Unlabelled(calibration), bs.targets.OpenVino(threads))
+    program, _ = applied_program(net, calibration[0], 1)
+    own = folder / "bitsmith.onnx"
+    onnx.save(to_onnx(program), str(own))
+    write_float(model, calibration[0], folder / "float.onnx")
+    entry = onnx.load(str(folder / "float.onnx")).graph.input[0].name
+    found = {"Bitsmith": own}
+    for result in made(Source(folder / "float.onnx", [{entry: x.numpy()} for x in calibration]), folder):
+        if result.value is not None and result.value.suffix == ".onnx":
+            found[result.peer.name] = result.value
+        elif result.value is None:
+            print(result.why, flush=True)
+    return found
+
+
+def openings(
+    bench: Benchmark, files: Mapping[str, Path], fast: Mapping[str, Path], x: Tensor
+) -> dict[Path, list[float]]:
+    """Median ms of each file in each of :data:`OPENINGS`: where its memory comes to lie changes the time of a file."""
+    found: dict[Path, list[float]] = {path: [] for path in (*files.values(), *fast.values())}
+    for seed in range(OPENINGS):
+        runs = {str(path): opened("openvino", path, bench.threads) for path in found}
+        calls = {name: lambda run=run: run([x.numpy()]) for name, run in runs.items()}
+        times = interleaved(calls, 60 if bench.options.full else 20, refill=True, seed=seed)
+        for path in found:
+            found[path].append(times[str(path)].median)
+    return found
+
+
+def ratios(one: Sequence[float], other: Sequence[float]) -> list[float]:
+    return [a / b for a, b in zip(one, other, strict=True)]
+
+
+def quality(path: Path, threads: int, held: Sequence[Tensor], reference: Sequence[Any]) -> float:
+    """SQNR to float in dB, all samples together."""
+    run: Run = opened("openvino", path, threads)
+    return sqnr(reference, [np.asarray(run([x.numpy()])[0]) for x in held])
+
+
+def main() -> int:
+    bench = Benchmark("winograd", PARTS, description=(__doc__ or "").splitlines()[0], default_threads=1)
+    bench.start()
+    return bench.run({"layers": layers, "networks": networks})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
