@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from bitsmith.export.program import applied_program
 from bitsmith.model.apply import apply
 from bitsmith.model.network import network
 from bitsmith.plan import Plan
+from bitsmith.prepare.correct_bias import CorrectBias
 from bitsmith.site import Format
 from bitsmith.targets import _openvino_kernels
 from bitsmith.targets.base import Artifact, TargetError
@@ -143,6 +145,25 @@ def test_files_of_plans_are_derived(case: Any) -> None:
     assert ours == theirs
     assert sum(node.op_type == "Winograd" for node in direct.graph.node) == 1
     assert Winograd in INTEGER
+
+
+def test_a_corrected_bias_goes_into_the_derived_file(case: Any) -> None:
+    net, data = case
+    plan = plan_of(case, Winograd(2)).replace(prepare=(CorrectBias(),))
+    record = network(net, data[0][0][:1], names=plan.sites).record
+    graphs = Graphs([plan.replace(prepare=())], lambda plan: apply(net, plan, data), data[0][0][:1], 1)
+    found = graphs.derived(plan, record)
+    assert found is not None
+    direct = to_onnx(applied_program(apply(net, plan, data), data[0][0][:1], 1)[0])
+    biases = [
+        {one.name.rpartition("prepared.")[2]: onnx.numpy_helper.to_array(one) for one in model.graph.initializer}
+        for model in (found[0], direct)
+    ]
+    name = "_bitsmith.cells.conv2.bias_f"
+    assert np.array_equal(biases[0][name], biases[1][name])
+    plain = to_onnx(applied_program(apply(net, plan.replace(prepare=()), data), data[0][0][:1], 1)[0])
+    before = next(one for one in plain.graph.initializer if one.name == name)
+    assert not np.array_equal(biases[0][name], onnx.numpy_helper.to_array(before))
 
 
 def test_outputs_are_stored_where_no_reader_says_how(case: Any) -> None:

@@ -12,8 +12,7 @@ from ..model.intercept import CHILD
 from ..model.keys import encode_key
 from ..plan import Plan
 from ..site import Record, Site
-from ..techniques.int_ import Int
-from .derive import same_technique
+from .derive import INTEGER, same_technique
 from .rewrite import DEQUANTIZE, QUANTIZE
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ def changed_values(
     """
     found: list[dict[str, Tensor]] = [{} for _ in fulls]
     shipped: set[str] = set()
-    integer = {name: technique for name, technique in plan.sites.items() if isinstance(technique, Int)}
+    integer = {name: technique for name, technique in plan.sites.items() if isinstance(technique, INTEGER)}
     for name, technique in integer.items():
         index = next((k for k, (_, full) in enumerate(fulls) if same_technique(technique, full.get(name))), None)
         if index is None:
