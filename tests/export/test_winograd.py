@@ -9,9 +9,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from bitsmith.export.rewrite import rewritten
+from bitsmith.export.rewrite import initializer, replace, rewritten
 from bitsmith.export.translations import DOMAIN
-from bitsmith.export.winograd import Candidate, Packed, convolutions, name_of, with_kernels
+from bitsmith.export.winograd import Candidate, Packed, convolutions, name_of, own_kernels, with_kernels
 from bitsmith.technique import No
 from winograd_reference import BT, G
 
@@ -174,6 +174,52 @@ def test_a_residual_is_added_inside(between: bool, swapped: bool) -> None:
     made = check(g.model(y), 2, steps=3)
     assert "Add" not in kinds(made)
     assert [len(node.input) for node in made.graph.node if node.domain == DOMAIN] == [5, 6]
+
+
+def test_a_shortcut_that_skips_pixels_and_pads_channels() -> None:
+    g = Graph(size=8)
+    x = g.quantized("x")
+    ends = [g.constant(np.array(v, np.int64)) for v in ([0, 0], [8, 8], [2, 3], [2, 2])]
+    short = g.add("Pad", [g.add("Slice", [x, *ends]), g.constant(np.array([0, 2, 0, 0, 0, 2, 0, 0], np.int64))])
+    first = g.quantized(g.conv(x, channels=(4, 8), strides=[2, 2]))
+    y = g.quantized(g.add("Relu", [g.add("Add", [g.conv(first, channels=(8, 8)), short])]))
+    made = check(g.model(y), 1)
+    assert "Add" not in kinds(made)
+
+
+def test_a_sum_that_is_read_in_float_stays_outside() -> None:
+    g = Graph()
+    x = g.quantized("x")
+    total = g.add("Relu", [g.add("Add", [g.quantized(g.conv(x), 0.03), x])])
+    made = check(g.model(g.quantized(total), g.add("Mul", [total, total])), 1)
+    assert kinds(made).count("Add") == 1
+
+
+def test_what_a_plan_rounds_before_a_sum_is_rounded() -> None:
+    g = Graph()
+    x = g.quantized("x")
+    g.conv(x, bias=True)
+    model = g.model(g.quantized(g.add("Relu", [g.add("Add", [g.quantized(g.nodes[-1].output[0], 0.03), x])])))
+
+    def transformed(graph: ir.Graph) -> None:
+        """As the technique exports it."""
+        ((node, what),) = convolutions(graph)
+        assert isinstance(what, Candidate)
+        packed = pack(what)
+        inputs = [node.inputs[0]]
+        for name in ("u", "mul", "us"):
+            inputs.append(initializer(graph, name, np.ascontiguousarray(getattr(packed, name))))
+        inputs.append(initializer(graph, "b", what.bias))
+        given = {"scale": what.x.scale, "tile": 2, "bits": 8, "kernel": [3, 3], "pads": list(what.pads)}
+        made = ir.node("Winograd", inputs, given, domain=DOMAIN, name=node.name)
+        made.outputs[0].name, made.outputs[0].shape = "made", node.outputs[0].shape
+        graph.insert_before(node, made)
+        replace(node.outputs[0], made.outputs[0])
+        graph.opset_imports[DOMAIN] = 1
+
+    own = rewritten(rewritten(model, transformed), own_kernels)
+    assert kinds(own).count("WinogradConv") == kinds(own).count("Add") == 1
+    assert "Add" not in kinds(replaced(model))
 
 
 def test_clips_become_limits_of_the_integers() -> None:

@@ -25,6 +25,7 @@ from .rewrite import (
     bounds,
     constant,
     initializer,
+    pads_zeros,
     replace,
     replacement,
     same_parameters,
@@ -36,12 +37,13 @@ if TYPE_CHECKING:
 
 OPERATION = "WinogradConv"
 NHWC, NCHW = [0, 2, 3, 1], [0, 3, 1, 2]
+_MOVING = frozenset({"MaxPool", "Slice", "Pad", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Gather"})
 
 
 @dataclass(frozen=True)
 class Levels:
     """An 8-bit tensor of the graph, and what its integers stand for: ``(q - zero) * scale``. ``grid``: where ``value``
-    is the floating maximum of such integers, the node that dequantized them."""
+    is floating, picked or moved from such integers, the node that dequantized them."""
 
     value: ir.Value
     scale: float
@@ -178,13 +180,22 @@ Behind = tuple[Levels | None, "ir.Node", float, float]
 
 def _behind(node: ir.Node) -> Behind | No:
     """What follows a convolution up to the quantizer of its integers: residual, quantizer, bounds of the value."""
-    value, residual = node.outputs[0], None
-    reader = _only(value)
-    if reader is not None and reader.op_type == QUANTIZE:  # rounded once more before a sum: the kernel leaves that out
-        inner = _only(reader.outputs[0])
-        add = _only(inner.outputs[0]) if inner is not None and inner.op_type == DEQUANTIZE else None
-        if inner is not None and add is not None and add.op_type == "Add" and same_parameters(reader, inner):
-            value, reader = inner.outputs[0], add
+    first = _only(node.outputs[0])
+    if first is None or first.op_type != QUANTIZE:
+        return _fused(node.outputs[0])
+    inner = _only(first.outputs[0])
+    if node.op_type != WINOGRAD and inner is not None and inner.op_type == DEQUANTIZE and same_parameters(first, inner):
+        # rounded once more before a sum: left out where no plan says so, as the sum is nearer to float without
+        add = _only(inner.outputs[0])
+        found = _fused(inner.outputs[0]) if add is not None and add.op_type == "Add" else None
+        if isinstance(found, tuple):
+            return found
+    return None, first, -np.inf, np.inf
+
+
+def _fused(value: ir.Value) -> Behind | No:
+    """The same from a value on: a sum, an activation, a quantizer."""
+    reader, residual = _only(value), None
     if reader is not None and reader.op_type == "Add":
         other = next((v for v in reader.inputs if v is not value), None)
         residual = levels(other)
@@ -215,16 +226,16 @@ def _only(value: ir.Value) -> ir.Node | None:
 def levels(value: ir.Value | None) -> Levels | None:
     """The 8-bit tensor behind a dequantized value, if it has one scale and is no constant.
 
-    A maximum of dequantized integers is one of them: quantized again, it is exact.
+    What only picks or moves dequantized integers gives such integers again: quantized anew, they are exact.
     """
     node = value.producer() if value is not None else None
-    pooled = value if node is not None and node.op_type == "MaxPool" else None
-    if node is not None and pooled is not None:
+    moved = node is not None and node.op_type != DEQUANTIZE
+    while node is not None and node.op_type in _MOVING and (node.op_type != "Pad" or pads_zeros(node)):
         node = node.inputs[0].producer() if node.inputs[0] is not None else None
     if node is None or node.op_type != DEQUANTIZE or node.inputs[0] is None or constant(node.inputs[0]) is not None:
         return None
     found = _levels_of(node.inputs[0], node)
-    return found if found is None or pooled is None else replace_fields(found, value=pooled, grid=node)
+    return replace_fields(found, value=value, grid=node) if found is not None and moved else found
 
 
 def _levels_of(integers: ir.Value, node: ir.Node) -> Levels | None:
@@ -347,7 +358,7 @@ def _put(graph: ir.Graph, what: Candidate, packed: Packed) -> None:
 
 
 def _integers(graph: ir.Graph, before: ir.Node, what: Levels) -> ir.Value:
-    """The integers, quantized again where the graph has them as a floating maximum only."""
+    """The integers, quantized again where the graph has floating ones only."""
     import onnx_ir as ir
 
     if what.grid is None:

@@ -136,15 +136,22 @@ def stored(sites: Mapping[str, Technique], record: Record) -> dict[str, Techniqu
 
     Where its readers agree on a format, or it is taken into a stored sum, it has that one already.
     """
-    written = place(Plan(dict(sites)), record).writes
+    written = {tensor for tensor, _ in place(Plan(dict(sites)), record).writes.values()}
     found = dict(sites)
     for name, technique in sites.items():
         if not isinstance(technique, Winograd) or technique.out is not None:
             continue
         tail = record.tensors[record.site(name).tail]
         behind = tail.readers[0] if len(tail.readers) == 1 and not tail.is_output else ""
-        summed = behind in sites and record.site(behind).kind == "add" and sites[behind].writes(record.site(behind))
-        place_of_tail = (tail.producer, record.sites[tail.producer].writes.index(tail.name))
-        if place_of_tail not in written and not summed:
+        if tail.name not in written and not _taken_in(behind, tail.name, written, record):
             found[name] = dataclasses.replace(technique, out=Format(8, range=technique.range))
     return found
+
+
+def _taken_in(name: str, tensor: str, written: Collection[str], record: Record) -> bool:
+    """Whether the site is an addition of the tensor and another that is stored in 8 bits, as their sum is."""
+    if not name or record.site(name).kind != "add":
+        return False
+    site = record.site(name)
+    others = [operand.tensor for operand in site.activations if operand.tensor != tensor]
+    return len(others) == 1 and {others[0], site.tail} <= set(written)

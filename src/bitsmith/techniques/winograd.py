@@ -99,8 +99,8 @@ class Winograd(Technique):
         """Transformed weights, a scale of float32 by tap and output channel, one of 16 bits (``mul``) or 32 by tap;
         trained transforms in float32."""
         weight = site.weight
-        if weight is None:
-            return 0.0
+        if weight is None or _refusal(site):  # stored as it was
+            return super().bits(site)
         observer = _observer(site, self.tile)
         tiling = algorithm.Tiling.of(self.tile, observer.kernel, observer.pads)
         taps = tiling.taps[0] * tiling.taps[1]
