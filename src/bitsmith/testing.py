@@ -310,6 +310,8 @@ def check_technique(technique: Technique, *, kinds: Iterable[str] | None = None,
                     fitting[index].append((case, site))
                 else:
                     expect(isinstance(verdict, No) and str(verdict).strip(), f"gave {verdict!r}; write No(reason)")
+                    # a profile lists what was refused, with its size
+                    expect(variant.bits(site) >= 0, f"bits is {variant.bits(site)!r} where it does not fit")
                     if index == 0:
                         refused[case.name] = str(verdict)
     with failures.check(f"{technique!r}: fits"):
