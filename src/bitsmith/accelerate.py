@@ -19,7 +19,8 @@ from .numerics import winograd as algorithm
 from .numerics.taps import TapObserver, TapStatistics
 from .plan import Plan
 from .site import Range
-from .targets.base import Array, Artifact, Target, Timing
+from .targets._openvino_kernels import extension
+from .targets.base import Array, Artifact, Target, TargetError, Timing
 from .targets.openvino import OpenVino
 from .technique import No
 
@@ -104,6 +105,8 @@ def accelerate(
     found = [(name_of(node), what) for node, what in convolutions(ir.from_proto(model).graph)]
     able = {name: what for name, what in found if isinstance(what, Candidate)}
     reasons = {name: str(what) for name, what in found if isinstance(what, No)}
+    if able and isinstance(missing := extension(), No):
+        raise TargetError(f"{source} has convolutions that could be faster, but {missing}")
     batches = _batches(model, data)
     statistics = _taps(model, able, options, batches)
     with tempfile.TemporaryDirectory(prefix="bitsmith-") as folder:

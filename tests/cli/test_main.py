@@ -25,7 +25,7 @@ from .conftest import Run
 
 COMMANDS = (
     *("quantize", "profile", "search", "optimize", "apply", "export", "verify", "report", "sites", "targets"),
-    *("demo", "doctor", "explore"),
+    *("demo", "doctor", "explore", "accelerate"),
 )
 
 
