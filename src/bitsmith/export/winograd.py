@@ -235,7 +235,7 @@ def levels(value: ir.Value | None) -> Levels | None:
     if node is None or node.op_type != DEQUANTIZE or node.inputs[0] is None or constant(node.inputs[0]) is not None:
         return None
     found = _levels_of(node.inputs[0], node)
-    return replace_fields(found, value=value, grid=node) if found is not None and moved else found
+    return replace_fields(found, value=value, grid=node) if found is not None and value is not None and moved else found
 
 
 def _levels_of(integers: ir.Value, node: ir.Node) -> Levels | None:
