@@ -14,7 +14,7 @@ import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from torch import nn
 
-from bitsmith.accelerate import AccelerateError, accelerate, batch_size
+from bitsmith.accelerate import AccelerateError, accelerate
 from bitsmith.cli.main import main
 from bitsmith.export.onnx import to_onnx
 from bitsmith.export.program import exported_program
@@ -154,7 +154,6 @@ def test_the_command_line(files: Mapping[str, Path], tmp_path: Path, capsys: pyt
         assert "of 3 convolutions replaced" in said
         assert ("given samples" in said) == bool(data)
         assert out.exists()
-    assert batch_size(files["int8"]) == 2
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
@@ -165,6 +164,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "empty": ({"data": []}, "the data are empty"),
     "shape": ({"data": [np.zeros((1, 3, 16, 16), np.float32)]}, "item 0 of the data has shapes"),
     "open": ({"source": "open"}, "has no fixed shape"),
+    "name": ({"data": {"y": np.zeros(SHAPE, np.float32)}}, "item 0 of the data lacks .*; it has y"),
+    "few": ({"data": np.zeros((1, 3, 16, 16), np.float32)}, "the data are empty"),
 }
 
 

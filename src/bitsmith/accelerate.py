@@ -77,7 +77,7 @@ class Accelerated:
 def accelerate(
     source: str | Path,
     out: str | Path,
-    data: Iterable[Any] | None = None,
+    data: Iterable[Any] | Mapping[str, Array] | None = None,
     *,
     target: OpenVino | None = None,
     options: Sequence[tuple[int, int]] = OPTIONS,
@@ -86,8 +86,9 @@ def accelerate(
     """Replace the 3x3 convolutions of an int8 ONNX file by Winograd kernels where these are measured faster.
 
     ``source``: a file with QuantizeLinear and DequantizeLinear, of fixed shapes, by any tool. ``out``: the new ONNX
-    file; the rest of the graph is as it was. ``data``: batches as the file's inputs have them (an array, a tuple or a
-    mapping of arrays) for the ranges of the taps and the comparison; None: random numbers. ``options``: (tile, bits of
+    file; the rest of the graph is as it was. ``data``: for the ranges of the taps and the comparison: batches as the
+    file's inputs have them (an array, a tuple or a mapping of arrays), or one array or mapping of samples, cut into
+    batches of the file's size; None: random numbers. ``options``: (tile, bits of
     the taps) to try, as of :class:`~bitsmith.Winograd`. ``target``: OpenVINO and its threads.
 
     Where nothing is gained the new file is the old one. Raises :class:`AccelerateError` for a file that nothing can be
@@ -155,7 +156,8 @@ def _read(path: Path) -> onnx.ModelProto:
     except FileNotFoundError:
         raise AccelerateError(f"{path} does not exist") from None
     except Exception as error:
-        raise AccelerateError(f"{path} is no ONNX file ({str(error).splitlines()[0]})") from None
+        first = str(error).strip().partition("\n")[0]
+        raise AccelerateError(f"{path} is no ONNX file ({first or type(error).__name__})") from None
     if not any(node.op_type == "DequantizeLinear" for node in model.graph.node):
         raise AccelerateError(
             f"{path} has no DequantizeLinear: it is not quantized in the QDQ form; quantize it first, with "
@@ -171,19 +173,13 @@ def _read(path: Path) -> onnx.ModelProto:
     return model
 
 
-def batch_size(path: Path) -> int:
-    """Samples that the file takes at once. Raises :class:`AccelerateError` for a file that cannot be accelerated."""
-    sizes = [axis.dim_value for axis in _inputs(_read(path))[0].type.tensor_type.shape.dim]
-    return int(sizes[0]) if sizes else 1
-
-
 def _inputs(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
     """What is fed, without the weights that old files list as well."""
     fed = {value.name for value in model.graph.initializer}
     return [value for value in model.graph.input if value.name not in fed]
 
 
-def _batches(model: onnx.ModelProto, data: Iterable[Any] | None) -> list[tuple[Array, ...]]:
+def _batches(model: onnx.ModelProto, data: Iterable[Any] | Mapping[str, Array] | None) -> list[tuple[Array, ...]]:
     """The inputs of every batch, in the graph's order."""
     import onnx
 
@@ -200,8 +196,16 @@ def _batches(model: onnx.ModelProto, data: Iterable[Any] | None) -> list[tuple[A
             )
             for _ in range(count)
         ]
+    if isinstance(data, np.ndarray):
+        data = {inputs[0].name: data}
+    if isinstance(data, Mapping):
+        data = _cut(data, shapes[0][0] if shapes[0] else 1)
     found = []
     for k, item in enumerate(data):
+        if isinstance(item, Mapping) and (missing := [value.name for value in inputs if value.name not in item]):
+            raise AccelerateError(
+                f"item {k} of the data lacks {', '.join(missing)}; it has {', '.join(map(str, item)) or 'nothing'}"
+            )
         given = [item[value.name] for value in inputs] if isinstance(item, Mapping) else item
         parts = tuple(given) if isinstance(given, (tuple, list)) else (given,)
         arrays = tuple(np.asarray(part, dtype=kind) for part, kind in zip(parts, types, strict=False))
@@ -213,6 +217,12 @@ def _batches(model: onnx.ModelProto, data: Iterable[Any] | None) -> list[tuple[A
     if not found:
         raise AccelerateError("the data are empty")
     return found
+
+
+def _cut(samples: Mapping[str, Array], size: int) -> list[dict[str, Array]]:
+    """Whole batches; what is left over is left out."""
+    count = min((len(array) for array in samples.values()), default=0) // size
+    return [{name: array[k * size : (k + 1) * size] for name, array in samples.items()} for k in range(count)]
 
 
 Taps = dict[tuple[str, int], TapStatistics]

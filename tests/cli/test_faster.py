@@ -46,3 +46,12 @@ def test_a_file_that_is_not_there_and_one_that_is_float(int8: Path, run: Run) ->
     onnx.save(model, str(int8))
     said = run("accelerate", int8, "-o", int8.with_name("fast.onnx"))
     assert (said.code, "quantize it first" in said.err) == (2, True)
+
+
+@pytest.mark.parametrize("name", ["x.npy", "x.npz"])
+def test_data_that_are_no_arrays(int8: Path, run: Run, name: str) -> None:
+    int8.with_name(name).write_bytes(b"no arrays")
+    said = run("accelerate", int8, "-o", int8.with_name("fast.onnx"), "--data", int8.with_name(name))
+    assert (said.code, f"{name} is no file of NumPy arrays" in said.err) == (2, True)
+    said = run("accelerate", int8, "-o", int8.with_name("fast.onnx"), "--data", int8.with_name(f"not-{name}"))
+    assert (said.code, f"not-{name}" in said.err) == (2, True)

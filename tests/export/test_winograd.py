@@ -244,6 +244,16 @@ def test_forms_of_weights(folded: bool, per_channel: bool, bias: bool) -> None:
     check(g.model(g.quantized(y)), 1)
 
 
+@pytest.mark.parametrize("signed", [False, True])
+def test_a_zero_point_that_is_left_out_is_0_of_the_integers_type(signed: bool) -> None:
+    g = Graph(signed=signed)
+    model = g.model(g.quantized(g.conv(g.quantized("x", zero=0)), zero=0))
+    for node in model.graph.node:
+        if node.op_type == "DequantizeLinear":
+            del node.input[2]
+    check(onnx.shape_inference.infer_shapes(model), 1)
+
+
 def test_some_convolutions_only() -> None:
     g = Graph()
     first = g.conv(g.quantized("x"))

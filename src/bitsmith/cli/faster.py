@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 from . import arguments, show
 
@@ -33,34 +33,28 @@ def run_accelerate(options: Namespace) -> int:
     from ..targets.openvino import OpenVino
 
     target = OpenVino(kernels=True) if options.threads is None else OpenVino(options.threads, kernels=True)
-    data = None if options.data is None else _data(options.data, options.source)
+    data = None if options.data is None else _data(options.data)
     found = accelerate(options.source, options.out, data, target=target, rounds=options.rounds)
     print_layers(found)
     show.written(found.artifact.path)
     return 0
 
 
-def _data(name: str, source: Path) -> Iterable[Any]:
-    """Batches of the file's own size, from arrays of samples or from what a function returns."""
+def _data(name: str) -> Any:
+    """Arrays of samples, or the batches that a function returns."""
     import numpy as np
 
-    from ..accelerate import batch_size
+    from ..accelerate import AccelerateError
     from ..model.load import load_object
 
     if not name.endswith((".npy", ".npz")):
         found = load_object(name)
-        items: Iterable[Any] = found() if callable(found) else found
-        return items
-    size = batch_size(source)
-    loaded: Any = np.load(name, allow_pickle=False)
-    arrays = {key: loaded[key] for key in loaded.files} if name.endswith(".npz") else {"": loaded}
-    count = min(len(array) for array in arrays.values()) // size
-    return [
-        {key: array[k * size : (k + 1) * size] for key, array in arrays.items()}
-        if "" not in arrays
-        else arrays[""][k * size : (k + 1) * size]
-        for k in range(count)
-    ]
+        return found() if callable(found) else found
+    try:
+        loaded: Any = np.load(name, allow_pickle=False)
+        return dict(loaded) if name.endswith(".npz") else loaded
+    except (ValueError, EOFError, BadZipFile) as error:
+        raise AccelerateError(f"{name} is no file of NumPy arrays ({error})") from None
 
 
 def print_layers(found: Accelerated) -> None:

@@ -41,9 +41,8 @@ def derive(
     in one of ``fulls`` (:func:`parts`); output formats (``out``) may differ.
 
     None if the file cannot be derived, and must be exported: ``prepare`` steps, whose weights may depend on the whole
-    plan; other techniques than
-    ``Int``, ``Winograd`` and ``Float``; a quantizer that no graph holds; float and quantized graphs that
-    the exporter gave different structures.
+    plan; other techniques than ``Int``, ``Winograd`` and ``Float``; a quantizer that no graph holds; float and
+    quantized graphs that the exporter gave different structures.
     """
     needed = parts(plan, [full_plan for _, full_plan in fulls], record)
     if needed is None or any(opset_of(fulls[k][0]) != opset_of(base) for k in needed):

@@ -134,9 +134,9 @@ def _transformed(node: ir.Node) -> tuple[Packed, Array] | No:
 def _ordinary(node: ir.Node) -> tuple[Array, Array] | No:
     """Weights and bias of a convolution that Winograd's algorithm can compute."""
     refusal = _shape_refusal(node)
-    weight = dequantized(node.inputs[1])
     if refusal is not None:
         return refusal
+    weight = dequantized(node.inputs[1])
     if weight is None:
         return No("its weights are no constants")
     if weight.shape[2:] != (3, 3):
@@ -161,11 +161,8 @@ def _shape_refusal(node: ir.Node) -> No | None:
     given = node.attributes
     if given.get_string("auto_pad", "NOTSET") != "NOTSET":
         return No(f"its padding is {given.get_string('auto_pad', '')}: only sizes are read")
-    for name, default, said in (
-        ("strides", [1, 1], "stride"),
-        ("dilations", [1, 1], "dilation"),
-    ):
-        sizes = list(given.get_ints(name, default))
+    for name, said in (("strides", "stride"), ("dilations", "dilation")):
+        sizes = list(given.get_ints(name, [1, 1]))
         if sizes != [1, 1]:
             return No(f"{said} {'x'.join(map(str, sizes))}: Winograd's tiles overlap by a stride of 1")
     if given.get_int("group", 1) != 1:
@@ -240,11 +237,20 @@ def levels(value: ir.Value | None) -> Levels | None:
 
 def _levels_of(integers: ir.Value, node: ir.Node) -> Levels | None:
     """What integers stand for by the parameters of the node that makes or reads them."""
-    scale = constant(node.inputs[1])
-    zero = constant(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else np.uint8(0)
-    if scale is None or zero is None or scale.size != 1 or np.asarray(zero).dtype not in (np.uint8, np.int8):
+    scale, zero = constant(node.inputs[1]), _zero_point(node, integers)
+    if scale is None or zero is None or scale.size != 1 or zero.size != 1 or zero.dtype not in (np.uint8, np.int8):
         return None
-    return Levels(integers, float(scale.item()), int(np.asarray(zero).item()), np.asarray(zero).dtype == np.int8)
+    return Levels(integers, float(scale.item()), int(zero.item()), zero.dtype == np.int8)
+
+
+def _zero_point(node: ir.Node, integers: ir.Value | None) -> Array | None:
+    """A constant of the integers' type; without one of its own it is 0 of the type that the integers have, and a
+    quantizer that does not say makes unsigned ones. None: not known."""
+    if len(node.inputs) > 2 and node.inputs[2] is not None:
+        return constant(node.inputs[2])
+    if integers is not None and integers.dtype is not None:
+        return np.zeros((), integers.dtype.numpy())
+    return np.zeros((), np.uint8) if node.op_type == QUANTIZE else None
 
 
 def dequantized(value: ir.Value | None) -> Array | None:
@@ -258,9 +264,7 @@ def dequantized(value: ir.Value | None) -> Array | None:
     node = value.producer() if value is not None else None
     if node is None or node.op_type != DEQUANTIZE:
         return None
-    scale = constant(node.inputs[1])
-    zero = constant(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else np.zeros((), np.int8)
-    integers = constant(node.inputs[0])
+    scale, zero, integers = constant(node.inputs[1]), _zero_point(node, node.inputs[0]), constant(node.inputs[0])
     if scale is None or zero is None or node.attributes.get_int("block_size", 0) > 0:
         return None
     if integers is None:

@@ -33,8 +33,11 @@ INSTALL = "pip install ./kernels (a folder of Bitsmith's repository)"
 def extension() -> Path | No:
     """The file of the extension for the OpenVINO that is installed, or why there is none."""
     try:
-        from bitsmith_kernels import isas, openvino
         from openvino import __version__ as installed
+    except ImportError as error:
+        return No(f'OpenVINO is missing ({error}); install it with: pip install "bitsmith[openvino]"')
+    try:
+        from bitsmith_kernels import isas, openvino
     except ImportError as error:
         return No(f"the native kernels are not installed ({error}); install them with: {INSTALL}")
     try:
@@ -65,9 +68,10 @@ def _extended(path: Path) -> Any:
     try:
         made.add_extension(str(path))
     except RuntimeError as error:
+        last = str(error).strip().rpartition("\n")[2]  # the loader's own words
         raise TargetError(
             f"the network has convolutions for the native kernels, and {path} cannot be loaded "
-            f"({str(error).strip().splitlines()[-1]}); install it again with: {INSTALL}"
+            f"({last}); install it again with: {INSTALL}"
         ) from None
     return made
 
