@@ -251,7 +251,11 @@ def test_a_zero_point_that_is_left_out_is_0_of_the_integers_type(signed: bool) -
     for node in model.graph.node:
         if node.op_type == "DequantizeLinear":
             del node.input[2]
-    check(onnx.shape_inference.infer_shapes(model), 1)
+    model = onnx.shape_inference.infer_shapes(model)
+    ((_, what),) = convolutions(ir.from_proto(model).graph)
+    assert isinstance(what, Candidate)
+    assert what.x.signed == what.y.signed == signed
+    check(model, 1)
 
 
 def test_some_convolutions_only() -> None:

@@ -216,7 +216,9 @@ class _WinogradCell(Cell):
         if self.bits == 32:
             return
         taps = self.tiling.taps[0] * self.tiling.taps[1]
-        found = record.statistics.get(((site.name, 0), observer)) or TapStatistics(observer)
+        seen = record.statistics.get(((site.name, 0), observer))
+        self.calibrated = seen is not None
+        found = TapStatistics(observer) if seen is None else seen
         self.tap_peak: Tensor
         self.tap_part: Tensor
         self.tap_power: Tensor
@@ -226,6 +228,11 @@ class _WinogradCell(Cell):
         self.register_buffer("tap_part", torch.where(found.peaks > 0, limits / found.peaks, 1.0).float())
         self.register_buffer("tap_power", found.power.float())
         self.register_buffer("seen_peak", torch.zeros(taps), persistent=False)
+
+    def attach(self, quantizers: Any, at_read: tuple[bool, ...], norm: tuple[nn.Module, ...] = ()) -> None:
+        super().attach(quantizers, at_read, norm)
+        if self._source() and not self.calibrated:  # with its input in float it needs none
+            raise ValueError(f"{self.site!r}: nothing was collected of its taps; see Technique.wants")
 
     def forward(self, x: Tensor, weight: Tensor, **rest: Any) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
