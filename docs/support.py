@@ -94,8 +94,8 @@ def operators() -> str:
     lines += [
         "",
         "`Constant` is folded. Control flow (`If`, `Loop`, `Scan`), sequences, random numbers, custom domains, files "
-        "that are already quantized and float16 files are refused by name. This page is written by "
-        "`python docs/support.py`.",
+        "that are quantized already (`bs.load` runs them as they are) and float16 files are refused by name. This page "
+        "is written by `python docs/support.py`.",
     ]
     return "\n".join(lines) + "\n"
 

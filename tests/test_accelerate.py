@@ -14,12 +14,15 @@ import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from torch import nn
 
+import bitsmith as bs
 from bitsmith.accelerate import AccelerateError, accelerate
 from bitsmith.cli.main import main
 from bitsmith.export.onnx import to_onnx
 from bitsmith.export.program import exported_program
-from bitsmith.targets.base import Artifact, SiteTimes, Timing
+from bitsmith.targets import _openvino_kernels
+from bitsmith.targets.base import Artifact, SiteTimes, TargetError, Timing
 from bitsmith.targets.openvino import OpenVino
+from bitsmith.technique import No
 
 pytest.importorskip("openvino")
 pytest.importorskip("bitsmith_kernels")
@@ -104,6 +107,19 @@ def test_what_another_tool_made_is_accelerated(files: Mapping[str, Path], tmp_pa
 
     expected = openvino.compile_model(original, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(images(1, 2)[0])[0]
     assert 20 * np.log10(np.linalg.norm(expected) / np.linalg.norm(ran - expected)) > 20
+
+
+def test_load_runs_what_was_written(files: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, target in {"fast": FASTER, "same": SLOWER["whole"]}.items():
+        path = accelerate(files["int8"], tmp_path / f"{name}.onnx", target=target).artifact.path
+        ran = OpenVino(1).run(Artifact.load(path), images(1, 2))
+        path.with_name(f"{name}.onnx.json").unlink()
+        assert np.array_equal(bs.load(path)(images(1, 2)[0]).numpy(), ran[0])
+    missing = No("the native kernels are not installed; install them with: pip install ./kernels")
+    monkeypatch.setattr(_openvino_kernels, "extension", lambda: missing)
+    bs.load(tmp_path / "same.onnx")
+    with pytest.raises(TargetError, match=r"convolutions for the native kernels: .*pip install"):
+        bs.load(tmp_path / "fast.onnx")
 
 
 def test_sixteen_bits_are_nearer(files: Mapping[str, Path], tmp_path: Path) -> None:

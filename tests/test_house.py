@@ -25,7 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("prepare",),
     ("sensitivity", "export", "techniques"),
     ("targets",),
-    ("chosen", "bench", "deploy", "quantize", "accelerate", "runner"),
+    ("chosen", "bench", "deploy", "load", "quantize", "accelerate", "runner"),
     ("costs", "scoring", "profile", "verify", "gradual", "workers"),
     ("search", "evaluate", "report", "learn", "searches", "sensitivities"),
     ("optimize", "_conformance", "testing", "zoo"),

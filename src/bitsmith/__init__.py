@@ -27,12 +27,12 @@ from .export.program import ExportError as ExportError
 from .gradual import Certainty as Certainty
 from .learn.finetune import TrainingError as TrainingError
 from .learn.finetune import finetune as finetune
+from .load import load as load
 from .model.apply import apply as apply
 from .model.apply import plan_of as plan_of
 from .model.calibrate import CalibrationError as CalibrationError
 from .model.intercept import InterceptionError as InterceptionError
 from .model.network import sites as sites
-from .model.read import load as load
 from .optimize import Optimized as Optimized
 from .optimize import optimize as optimize
 from .plan import Budget as Budget

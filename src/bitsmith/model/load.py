@@ -60,10 +60,10 @@ def load_model(name: str) -> nn.Module:
     from torch import nn
 
     if name.endswith((".onnx", ".pt2")):
-        from .read import load
+        from .read import read
 
         try:
-            return load(name, trusted=True)
+            return read(name, trusted=True)
         except ValueError as error:
             raise LoadError(str(error)) from error
     found = load_object(name)

@@ -1,4 +1,4 @@
-"""``load``: a network from a file as an ordinary module."""
+"""Networks from files as ordinary modules that Bitsmith sees into."""
 
 from __future__ import annotations
 
@@ -9,19 +9,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def load(path: str | Path, *, trusted: bool = False) -> nn.Module:
-    """The network in an ``.onnx`` file, or with ``trusted=True`` in a ``.pt2`` file, in evaluation mode.
-
-    ONNX: float32, opset 13 to 22, weights inside or in files beside it. The network takes the graph's inputs by
-    position or name and returns one tensor, or a tuple if the graph has several outputs; its outputs equal ONNX
-    Runtime's. Each node that computes is one child, named after its output; ``net.onnx_names`` keeps the names of the
-    file. Which operators are read: docs/onnx_operators.md.
-
-    A ``.pt2`` file (``torch.export.save``) is unpickled by torch, which may run whatever code is in it: say
-    ``trusted=True`` only for files that you or somebody you trust wrote.
-
-    Raises ``OnnxError`` or ``ExportedError``, both a ``ValueError``, with what is wrong, where, and what to do.
-    """
+def read(path: str | Path, *, trusted: bool = False) -> nn.Module:
+    """The float network in an ``.onnx`` or ``.pt2`` file: :func:`bitsmith.load` without those that are quantized, which
+    raise ``QuantizedError``."""
     from .exported import load_exported
     from .onnx_graph.build import build
     from .onnx_graph.errors import OnnxFileError

@@ -112,11 +112,15 @@ def timings(
 
 
 def described(model: onnx.ModelProto) -> tuple[tuple[str, tuple[int, ...], str], ...]:
-    """(name, shape, dtype) of every graph input."""
+    """(name, shape, dtype) of every graph input that is fed: old files list their weights as well. A size that is open
+    is 0."""
     import onnx
 
+    weights = {value.name for value in model.graph.initializer}
     found = []
     for value in model.graph.input:
+        if value.name in weights:
+            continue
         kind = value.type.tensor_type
         shape = tuple(int(axis.dim_value) for axis in kind.shape.dim)
         found.append((value.name, shape, str(np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)))))

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from bitsmith.model.read import load
+from bitsmith.model.read import read
 
 Array = NDArray[Any]
 KINDS = {
@@ -72,7 +72,7 @@ def runtime(path: Path | str, inputs: Mapping[str, Array]) -> list[Array]:
 
 def compare(path: Path, inputs: Mapping[str, Array], rtol: float = 1e-4) -> nn.Module:
     """The loaded network gives what ONNX Runtime gives: values (relative to the largest), shapes and types."""
-    net = load(path)
+    net = read(path)
     with torch.no_grad():
         made = net(*(torch.from_numpy(np.asarray(a)) for a in inputs.values()))
     made = made if isinstance(made, tuple) else (made,)

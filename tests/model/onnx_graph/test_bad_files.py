@@ -20,7 +20,7 @@ from bitsmith.model.onnx_graph.errors import (
     UnsupportedError,
     UnsupportedOperatorError,
 )
-from bitsmith.model.read import load
+from bitsmith.model.read import read
 from model.onnx_graph.graphs import Array, compare, model_of, saved
 
 X = np.ones((2, 4), np.float32)
@@ -34,7 +34,7 @@ def small(nodes: Sequence[onnx.NodeProto] | None = None, **more: Any) -> onnx.Mo
 
 def refused(model: onnx.ModelProto, folder: Path, kind: type[OnnxError], match: str) -> OnnxError:
     with pytest.raises(kind, match=match) as caught:
-        load(saved(model, folder))
+        read(saved(model, folder))
     assert isinstance(caught.value, ValueError)
     return caught.value
 
@@ -118,10 +118,10 @@ def test_missing_and_cut_external_data(tmp_path: Path) -> None:
     data = tmp_path / "net.data"
     data.write_bytes(data.read_bytes()[:100])
     with pytest.raises(OnnxFileError, match=r"net\.data is cut short: it has 100 bytes.*'w' up to byte 4800"):
-        load(path)
+        read(path)
     data.unlink()
     with pytest.raises(OnnxFileError, match=r"keeps its weights in net\.data, which is missing.*beside the \.onnx"):
-        load(path)
+        read(path)
 
 
 @pytest.mark.parametrize("location", ["/etc/passwd", "../net.data"])
@@ -137,16 +137,16 @@ def test_external_data_elsewhere_is_not_read(location: str, tmp_path: Path) -> N
 def test_files_that_are_not_onnx(tmp_path: Path) -> None:
     path = tmp_path / "net.onnx"
     with pytest.raises(OnnxFileError, match=r"is not a file"):
-        load(path)
+        read(path)
     path.write_bytes(b"")
     with pytest.raises(OnnxFileError, match="is empty"):
-        load(path)
+        read(path)
     for content in (b"PK\x03\x04 some archive", b"a text that is no network\n" * 20, bytes(range(256))):
         path.write_bytes(content)
         with pytest.raises(OnnxFileError, match="damaged or another kind of file"):
-            load(path)
+            read(path)
     with pytest.raises(OnnxFileError, match=r"ends in \.onnx or \.pt2"):
-        load(tmp_path / "weights.safetensors")
+        read(tmp_path / "weights.safetensors")
 
 
 @pytest.mark.parametrize("part", [0.1, 0.5, 0.9, 0.99])
@@ -155,7 +155,7 @@ def test_a_cut_file(part: float, tmp_path: Path) -> None:
     path = tmp_path / "net.onnx"
     path.write_bytes(whole[: int(len(whole) * part)])
     with pytest.raises(OnnxError):
-        load(path)
+        read(path)
 
 
 def test_an_empty_graph(tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_arithmetic_of_sizes_beyond_int64(tmp_path: Path) -> None:
     ]
     inputs: dict[str, Array] = {"x": X}
     model = model_of(nodes, inputs, {"big": np.array([2**62, 4])}, shapes={"x": ["n", "m"]})
-    net = load(saved(model, tmp_path))
+    net = read(saved(model, tmp_path))
     with pytest.raises(InvalidGraphError, match=r"which int64 cannot hold"):
         net(torch.ones(4, 2))
     with pytest.raises(InvalidGraphError, match=r"needs more than int64 can count"):
@@ -234,7 +234,7 @@ def two_inputs(folder: Path, first: Any = "batch", second: Any = "batch") -> tor
         helper.make_node("Concat", ["c", "x.1"], ["y"], axis=1),
     ]
     model = model_of(nodes, inputs, shapes={"ids": [first, 4], "x.1": [second, 4]})
-    return load(saved(model, folder))
+    return read(saved(model, folder))
 
 
 @pytest.mark.parametrize("name", ["batch", None])
@@ -264,7 +264,7 @@ def test_inputs_that_do_not_fit(tmp_path: Path) -> None:
 
 
 def test_a_fixed_batch_says_how_to_get_another(tmp_path: Path) -> None:
-    net = load(saved(small(), tmp_path))
+    net = read(saved(small(), tmp_path))
     with pytest.raises(InputError, match=r"shape \(3, 4\), but the file fixes \(2, 4\): give batches of that size, or"):
         net(torch.zeros(3, 4))
 

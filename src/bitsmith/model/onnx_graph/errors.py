@@ -21,6 +21,10 @@ class UnsupportedError(OnnxError):
     """A valid graph of a kind that is not read: control flow, quantized, float16, another operator set."""
 
 
+class QuantizedError(UnsupportedError):
+    """A graph of integers: there is no float network in it to start from."""
+
+
 class UnsupportedOperatorError(UnsupportedError):
     """Operators that have no translation. ``operators``: their names, each with the nodes that use it."""
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import InvalidGraphError, OnnxFileError, UnsupportedError, UnsupportedOperatorError, named
+from .errors import InvalidGraphError, OnnxFileError, QuantizedError, UnsupportedError, UnsupportedOperatorError, named
 from .graph import Graph, Node, ValueType
 from .table import FOLDED, OPERATORS, OPSETS
 from .types import DTYPES, HALF, NAMES
@@ -37,6 +37,7 @@ QUANTIZED = frozenset(
 def read_graph(path: Path) -> Graph:
     """The graph in the file, its local functions inlined. Raises an ``OnnxError`` that says what is wrong."""
     model = _parse(path)
+    _check_float(model, path)
     _check_tensors(model, path)
     opset = _check_opset(model, path)
     model = _inlined(model, path)
@@ -87,14 +88,35 @@ def _parse(path: Path) -> onnx.ModelProto:
     return model
 
 
+def _nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+    yield from model.graph.node
+    for function in model.functions:
+        yield from function.node
+
+
+def _check_float(model: onnx.ModelProto, path: Path) -> None:
+    """Before anything else: a file that is quantized can be run as it is, whatever else of it is not read."""
+    found = [
+        node.name or next(iter(node.output), node.op_type)
+        for node in _nodes(model)
+        if node.op_type in QUANTIZED
+        or (node.domain not in STANDARD and "Quant" in node.op_type)
+        or node.op_type.startswith("QLinear")
+    ]
+    if found:
+        raise QuantizedError(
+            f"{path} is already quantized: {named(found)}. Bitsmith starts from the float32 network; give the file "
+            "from before its quantization"
+        )
+
+
 def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     yield from model.graph.initializer
-    for nodes in (model.graph.node, *(function.node for function in model.functions)):
-        for node in nodes:
-            for attribute in node.attribute:
-                if attribute.HasField("t"):
-                    yield attribute.t
-                yield from attribute.tensors
+    for node in _nodes(model):
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
 
 
 def _check_tensors(model: onnx.ModelProto, path: Path) -> None:
@@ -177,27 +199,15 @@ def _inlined(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
 
 
 def _check_operators(model: onnx.ModelProto, path: Path) -> None:
-    quantized: list[str] = []
     control: list[str] = []
     unknown: dict[str, list[str]] = {}
     for node in model.graph.node:
         label = node.name or next(iter(node.output), node.op_type)
         standard = node.domain in STANDARD
-        if (
-            node.op_type in QUANTIZED
-            or (not standard and "Quant" in node.op_type)
-            or node.op_type.startswith("QLinear")
-        ):
-            quantized.append(label)
-        elif standard and node.op_type in CONTROL:
+        if standard and node.op_type in CONTROL:
             control.append(f"{label} ({node.op_type})")
         elif not standard or (node.op_type not in OPERATORS and node.op_type not in FOLDED):
             unknown.setdefault(node.op_type if standard else f"{node.domain}::{node.op_type}", []).append(label)
-    if quantized:
-        raise UnsupportedError(
-            f"{path} is already quantized: {named(quantized)}. Bitsmith starts from the float32 network; give the file "
-            "from before its quantization"
-        )
     if control:
         raise UnsupportedError(
             f"{path} has control flow, which no runtime quantizes across: {named(control)}. Export the network for "
