@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
+import tomllib
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 from bitsmith.cli import doctor
+from bitsmith.targets import _openvino_kernels
+from bitsmith.targets.base import TargetError
+from bitsmith.technique import No
 
 from .conftest import Run
+
+ROOT = Path(__file__).parents[2]
 
 
 def _break(monkeypatch: pytest.MonkeyPatch, name: str, error: Exception) -> None:
@@ -29,7 +37,7 @@ def _break(monkeypatch: pytest.MonkeyPatch, name: str, error: Exception) -> None
 def test_here_all_that_is_needed_works(run: Run) -> None:
     said = run("doctor")
     assert said.code == 0, said.out
-    assert f"onnxruntime     {metadata.version('onnxruntime')}" in said.out
+    assert f"onnxruntime       {metadata.version('onnxruntime')}" in said.out
     assert said.out.splitlines()[-1] == "All that is needed works."
     for word in ("torch build", "interception", "threads", "processor", "this folder"):
         assert word in said.out
@@ -111,3 +119,65 @@ def test_a_missing_data_folder_says_how_to_name_it(run: Run, monkeypatch: pytest
     said = run("doctor")
     assert said.code == 0
     assert "export BITSMITH_DATA=" in said.out
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A package of native kernels of which nothing has to be built."""
+    package, openvino = ModuleType("bitsmith_kernels"), ModuleType("bitsmith_kernels.openvino")
+    built = {"2026.4.1": Path("libx.so")}
+    package.__dict__.update(__version__="9.9", isas=lambda: ("avx2", "reference"), openvino=openvino)
+    openvino.__dict__.update(versions=lambda: built)
+    monkeypatch.setitem(sys.modules, "bitsmith_kernels", package)
+    monkeypatch.setitem(sys.modules, "bitsmith_kernels.openvino", openvino)
+    real = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "9.9" if name == "bitsmith-kernels" else real(name))
+    monkeypatch.setattr(_openvino_kernels, "extension", lambda: built["2026.4.1"])
+    monkeypatch.setattr(_openvino_kernels, "core", lambda openvino, needed: None)
+    return package
+
+
+def test_native_kernels_that_fit(kernels: ModuleType) -> None:
+    found = doctor.kernels()
+    said = "9.9; avx2, reference; built for OpenVINO 2026.4.1, which is here"
+    assert (found.state, found.said, found.mend, found.core) == ("ok", said, "", False)
+
+
+def test_native_kernels_that_openvino_does_not_take(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(openvino: Any, needed: bool) -> None:
+        raise TargetError("libx.so cannot be loaded")
+
+    monkeypatch.setattr(_openvino_kernels, "core", broken)
+    assert (doctor.kernels().state, doctor.kernels().mend) == ("BROKEN", "libx.so cannot be loaded")
+    monkeypatch.setattr(_openvino_kernels, "extension", lambda: No("no extension for OpenVINO 2027.1: pip install x"))
+    found = doctor.kernels()
+    assert (found.state, found.mend) == ("missing", "no extension for OpenVINO 2027.1: pip install x")
+    assert found.said == "9.9; avx2, reference; built for OpenVINO 2026.4.1"
+    kernels.openvino.versions = dict
+    assert doctor.kernels().said == "9.9; avx2, reference; without OpenVINO"
+
+
+def test_native_kernels_without_their_library(kernels: ModuleType) -> None:
+    def isas() -> None:
+        raise ImportError("libbitsmith_kernels.so is not there")
+
+    kernels.isas = isas  # type: ignore[attr-defined]
+    found = doctor.kernels()
+    assert (found.state, found.said) == ("BROKEN", "libbitsmith_kernels.so is not there")
+    assert found.mend.startswith("pip install --force-reinstall --no-deps ./kernels")
+
+
+def test_no_native_kernels_is_no_fault_and_has_its_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    _break(monkeypatch, "bitsmith_kernels", ModuleNotFoundError("No module", name="bitsmith_kernels"))
+    said = run("doctor")
+    assert said.code == 0
+    lines = said.out.splitlines()
+    (at,) = [i for i, text in enumerate(lines) if "bitsmith-kernels" in text]
+    assert lines[at].split() == ["missing", "bitsmith-kernels", "not", "installed;", "optional"]
+    assert 'pip install ./kernels ".[kernels]"' in lines[at + 1]
+
+
+def test_the_extra_asks_for_the_kernels() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    kernels = tomllib.loads((ROOT / "kernels" / "pyproject.toml").read_text())["project"]
+    assert kernels["name"] in project["optional-dependencies"]["kernels"]

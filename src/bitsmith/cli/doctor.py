@@ -12,10 +12,11 @@ import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from ..technique import No
 from . import show
 
 State = Literal["ok", "missing", "BROKEN"]
@@ -81,9 +82,9 @@ def run_doctor(options: Namespace) -> int:
         return 1 if broken else 0
     # rich itself may be what is broken
     for finding in found:
-        print(f"{finding.state:8}{finding.name:16}{finding.said}")
+        print(f"{finding.state:8}{finding.name:18}{finding.said}")
         if finding.mend:
-            print(f"{'':24}-> {finding.mend}")
+            print(f"{'':26}-> {finding.mend}")
     print("Something that everything needs is broken." if broken else "All that is needed works.")
     return 1 if broken else 0
 
@@ -98,6 +99,7 @@ def findings() -> Iterator[Finding]:
     yield _works("store", _sqlite)
     for module, (distribution, extra) in EXTRAS.items():
         yield package(module, distribution, extra)
+    yield kernels()
     yield _threads()
     yield processor(_flags())
     yield _data()
@@ -119,6 +121,34 @@ def package(module: str, distribution: str, extra: str) -> Finding:
         again = mend.replace("install", "install --force-reinstall --no-deps", 1) if not extra else mend
         return Finding(distribution, "BROKEN", f"{type(error).__name__}: {error}", not extra, again)
     return Finding(distribution, "ok", importlib.metadata.version(distribution), not extra)
+
+
+def kernels() -> Finding:
+    """Whether the native kernels are there, for which instructions and which OpenVINO, and whether that takes them."""
+    from ..targets import _openvino_kernels
+    from ..targets.base import TargetError
+
+    found = package("bitsmith_kernels", "bitsmith-kernels", "kernels")
+    if found.state != "ok":
+        again = _openvino_kernels.INSTALL if found.state == "missing" else _openvino_kernels.AGAIN
+        return replace(found, mend=again)
+    from bitsmith_kernels import isas
+    from bitsmith_kernels.openvino import versions
+
+    try:
+        built = ", ".join(versions())
+        said = f"{found.said}; {', '.join(isas())}; {f'built for OpenVINO {built}' if built else 'without OpenVINO'}"
+    except ImportError as error:
+        return replace(found, state="BROKEN", said=str(error), mend=_openvino_kernels.AGAIN)
+    if isinstance(missing := _openvino_kernels.extension(), No):
+        return replace(found, state="missing", said=said, mend=str(missing))
+    import openvino
+
+    try:
+        _openvino_kernels.core(openvino, True)
+    except TargetError as error:
+        return replace(found, state="BROKEN", said=said, mend=str(error))
+    return replace(found, said=f"{said}, which is here")
 
 
 def _requirement(distribution: str) -> str:

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     import onnx
     import openvino as ov
 
-INSTALL = "pip install ./kernels (a folder of Bitsmith's repository)"
+INSTALL = 'pip install ./kernels ".[kernels]", in a clone of Bitsmith, with a C++ compiler'
+AGAIN = "pip install --force-reinstall --no-deps ./kernels, in a clone of Bitsmith"
 
 
 @functools.cache
@@ -71,7 +72,7 @@ def _extended(path: Path) -> Any:
         last = str(error).strip().rpartition("\n")[2]  # the loader's own words
         raise TargetError(
             f"the network has convolutions for the native kernels, and {path} cannot be loaded "
-            f"({last}); install it again with: {INSTALL}"
+            f"({last}); install it again with: {AGAIN}"
         ) from None
     return made
 

@@ -79,7 +79,7 @@ class OpenVino(Target):
     a network that the plugin compiles to bfloat16 all the same is refused with :class:`TargetError`.
 
     ``reduced_range``: as of :class:`~bitsmith.targets.OnnxRuntime`. ``kernels``: compute what
-    :class:`~bitsmith.Winograd` asks for with the operation of ``bitsmith-kernels`` (``pip install ./kernels``).
+    :class:`~bitsmith.Winograd` asks for with the operation of ``bitsmith-kernels`` (extra ``kernels``).
 
     Activations become unsigned 8-bit affine (signed symmetric for :data:`SYMMETRIC`), weights signed 8-bit symmetric.
     Times are ``measured``, in ms per batch. Needs the extra ``openvino``.
