@@ -14,10 +14,11 @@ from bitsmith.model.apply import apply
 from bitsmith.model.network import network
 from bitsmith.plan import Plan
 from bitsmith.site import Format
-from bitsmith.targets.base import Artifact, ArtifactError, Realised
+from bitsmith.targets.base import Artifact, ArtifactError, Realised, TargetError
 from bitsmith.targets.onnxruntime import ALWAYS, NEED_OUTPUT, OnnxRuntime
 from bitsmith.technique import No
 from bitsmith.techniques.int_ import Int
+from bitsmith.techniques.winograd import Winograd
 
 F = nn.functional
 TARGET = OnnxRuntime(threads=1)
@@ -320,3 +321,30 @@ def test_the_table_says_what_runs(case: str, tmp_path: Path) -> None:
     if site.kind in NEED_OUTPUT | ALWAYS and verdict:
         plain = TARGET.export(apply(net, Plan({site.name: Int(8, 8)}), data), tmp_path / "p.onnx", data[0][0])
         assert (TARGET.inspect(plain)[site.name].precision == "int8") == (site.kind in ALWAYS)
+
+
+def test_winograd_is_refused_with_what_is_lacking_and_what_to_do() -> None:
+    record = network(Residual().eval(), torch.randn(1, 3, 8, 8)).record
+    for technique in (Winograd(2), Winograd(4), Winograd(4, 16)):
+        verdict = TARGET.supports(technique, record.site("conv1"))
+        assert isinstance(verdict, No)
+        assert str(verdict) == (
+            "ONNX Runtime has no Winograd kernel, and its packages lack the C header that ours would need to be built "
+            "for it; OpenVino(kernels=True) runs ours"
+        )
+
+
+def test_a_plan_with_winograd_runs_direct_and_says_so(residual: Any, tmp_path: Path) -> None:
+    net, data = residual
+    x = data[0][0]
+    record = network(net, x).record
+    sites = {name: Winograd(4) if name.startswith("conv") else INT8 for name in record.sites if "relu" not in name}
+    with pytest.warns(UserWarning, match=r"is computed as Int\(.*place of Winograd\(.*no Winograd kernel") as told:
+        plan = TARGET.adapt(Plan(sites), record)
+    assert [str(one.message).partition(" ")[0] for one in told] == ["conv1", "conv2"]
+    assert plan == TARGET.adapt(Plan(dict.fromkeys(sites, INT8)), record)
+    assert isinstance(plan.get("add") or plan.get(":add"), Int)  # what they feed is in integers as before
+    applied = apply(net, Plan({"conv1": Winograd(2)}), data)
+    with pytest.raises(TargetError, match=r"no Winograd kernel.*adapt the plan first"):
+        TARGET.export(applied, tmp_path / "net.onnx", x)
+    assert not (tmp_path / "net.onnx").exists()

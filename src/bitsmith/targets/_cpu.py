@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import platform
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..plan import Plan
 from ..site import Record, Site
 from ..technique import No, Technique
 from ..techniques.int_ import Int
+from ..techniques.winograd import Winograd
 from .base import Array, Artifact, ArtifactError, Realised, Target, Timing
 
 if TYPE_CHECKING:
@@ -60,6 +62,13 @@ def in_range(technique: Int, reduced: bool | None) -> Int:
     """Weights of 8 bits in the reduced range of 7 if that is asked for (None: if this processor needs it)."""
     narrow = technique.w == 8 and (saturates() if reduced is None else reduced)
     return dataclasses.replace(technique, w=7) if narrow else technique
+
+
+def direct(technique: Winograd, site: str, refused: No) -> Int:
+    """The direct convolution in the place of one that has no kernel here, with a warning that says why."""
+    found = Int(8, 8, range=technique.range, weight_range=technique.weight_range)
+    warnings.warn(f"{site} is computed as {found} in the place of {technique}: {refused}", stacklevel=2)
+    return found
 
 
 def shared_groups(groups: Sequence[Sequence[str]], sites: Mapping[str, Technique]) -> tuple[tuple[str, ...], ...]:

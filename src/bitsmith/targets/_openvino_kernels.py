@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +16,8 @@ from ..model.formats import place
 from ..plan import Plan
 from ..site import Format, Record, Site
 from ..technique import No, Technique
-from ..techniques.int_ import Int
 from ..techniques.winograd import Winograd
-from ._cpu import in_range
+from ._cpu import direct, in_range
 from .base import TargetError
 
 if TYPE_CHECKING:
@@ -131,9 +129,7 @@ def adapted(technique: Winograd, site: Site, kernels: bool, reduced: bool | None
     refused = refusal(technique, site, kernels)
     if refused is None:
         return dataclasses.replace(technique, signed=False)
-    direct = in_range(Int(8, 8, range=technique.range, weight_range=technique.weight_range), reduced)
-    warnings.warn(f"{site.name} is computed as {direct} in the place of {technique}: {refused}", stacklevel=2)
-    return direct
+    return in_range(direct(technique, site.name, refused), reduced)
 
 
 def stored(sites: Mapping[str, Technique], record: Record) -> dict[str, Technique]:

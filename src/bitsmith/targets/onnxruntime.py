@@ -20,17 +20,21 @@ from ..export.forms import onnxruntime_form
 from ..export.names import site_names
 from ..export.onnx import site_map, to_onnx
 from ..export.program import applied_program
+from ..export.translations import DOMAIN
 from ..model.apply import is_applied, plan_of
 from ..model.formats import place
+from ..numerics.winograd_operation import FORM
 from ..plan import Plan
 from ..site import Format, Record, Site
 from ..store import machine_key
 from ..technique import No, Technique
 from ..techniques.int_ import Int
+from ..techniques.winograd import Winograd
 from ._cpu import (
     batch_of,
     checked,
     described,
+    direct,
     in_range,
     integer_refusal,
     promised,
@@ -40,7 +44,7 @@ from ._cpu import (
     values_of,
 )
 from ._onnxruntime_graph import Owners, realised
-from .base import Array, Artifact, ArtifactError, Realised, SiteTimes, Source, Target, Timing
+from .base import Array, Artifact, ArtifactError, Realised, SiteTimes, Source, Target, TargetError, Timing
 
 if TYPE_CHECKING:
     import onnx
@@ -59,6 +63,12 @@ NEED_OUTPUT = frozenset(
 
 FUSING = frozenset({"conv1d", "conv2d", "conv3d"})
 """Absorb the normalisation and the activation behind them in float as well (FusedConv)."""
+
+
+NO_WINOGRAD = No(
+    "ONNX Runtime has no Winograd kernel, and its packages lack the C header that ours would need to be built for it; "
+    "OpenVino(kernels=True) runs ours"
+)
 
 
 @dataclass(frozen=True)
@@ -91,6 +101,8 @@ class OnnxRuntime(Target):
         form = technique.form(site)
         if form == "float":
             return True
+        if form == FORM:
+            return NO_WINOGRAD
         if form != "dialect":
             return No(f"ONNX Runtime has no operation {form!r}")
         refusal = integer_refusal(technique, site, "ONNX Runtime")
@@ -105,7 +117,7 @@ class OnnxRuntime(Target):
         """Activations unsigned affine; an output format where the kernel needs one and the readers do not give it.
 
         Additions and products that no integer site reads stay float: no kernel behind them gains from 8 bits, and a
-        residual stream is what 8 bits hold worst.
+        residual stream is what 8 bits hold worst. Winograd convolutions become direct ones, with a warning.
         """
         served = _served(plan, record)
         sites = {
@@ -147,6 +159,8 @@ class OnnxRuntime(Target):
         import onnx
 
         model = onnxruntime_form(model)
+        if any(node.domain == DOMAIN for node in model.graph.node):
+            raise TargetError(f"{NO_WINOGRAD}; adapt the plan first, which puts direct convolutions in their place")
         nodes, values = site_map(model, sites)
         # shapes of inner values, which the runtime infers: files of one plan are equally long however they were made
         del model.graph.value_info[:]
@@ -305,8 +319,12 @@ def _feed(artifact: Artifact, arrays: Sequence[Array]) -> dict[str, Array]:
 
 
 def _served(plan: Plan, record: Record) -> dict[str, Technique]:
-    """The plan's sites without elementwise operations whose result is read as float only, chains of them included."""
-    kept = dict(plan.sites)
+    """The plan's sites, each under a technique that has a kernel, without elementwise operations whose result is read
+    as float only, chains of them included."""
+    kept = {
+        name: direct(technique, name, NO_WINOGRAD) if isinstance(technique, Winograd) else technique
+        for name, technique in plan.sites.items()
+    }
     for name in reversed(list(record.sites)):  # readers come before what they read
         site, technique = record.sites[name], kept.get(name)
         if site.kind not in ("add", "mul") or not isinstance(technique, Int) or technique.out is not None:

@@ -300,7 +300,7 @@ class _WinogradCell(Cell):
         for matrix in (self.at, self.bt, self.g) if self.flex else self.exact:
             if self.flex and self.bits != 32:
                 limit = 2 ** (self.bits - 1) - 1
-                unit = matrix.detach().abs().amax() / limit
+                unit = matrix.detach().abs().max() / limit
                 matrix = rounded(matrix / unit, limit) * unit
             matrix = matrix.to(like)
             one = matrix.new_ones(1, 1)
