@@ -122,6 +122,20 @@ def test_python_of_the_pages_runs(page: str, given: dict[str, Any]) -> None:
         exec(compile(code, page, "exec", dont_inherit=True), given)
 
 
+def test_figures_of_winograd_are_what_its_page_measures(
+    given: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (code,) = [code for code in blocks(ROOT / "docs" / "winograd.md", "python") if "decibels" in code]
+    exec(compile("import torch\nimport bitsmith as bs\n" + code, "winograd.md", "exec", dont_inherit=True), given)
+    text = (ROOT / "docs" / "winograd.md").read_text(encoding="utf-8")
+    said = dict(re.findall(r"^\| `(\w+\(.*\))` \| ([\d.]+) \([\d.]+ to [\d.]+\) \|$", text, re.MULTILINE))
+    found = dict(re.findall(r"^(\w+\(.*\)): ([\d.]+) dB", capsys.readouterr().out, re.MULTILINE))
+    assert len(found) == 5
+    assert {name: float(db) for name, db in said.items()} == pytest.approx(
+        {name: float(db) for name, db in found.items()}, abs=0.15
+    )
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_on_the_pages_parse(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
