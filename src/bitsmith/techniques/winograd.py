@@ -184,6 +184,10 @@ class _Packed:
     bias: Tensor | None
 
 
+_A, _B, _G = 0, 1, 2
+"""Which transform."""
+
+
 class _WinogradCell(Cell):
     """Input transform, taps on their grid, products summed over channels, output transform.
 
@@ -253,25 +257,21 @@ class _WinogradCell(Cell):
     def _simulated(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         sources = [weight, bias, *self._statistics(), *self.parameters(), *self.buffers(), *self._source()]
         packed = self._kept.of([t for t in sources if t is not None], lambda: self._pack(weight, bias))
-        return self._convolved(x, packed)
-
-    def _convolved(self, x: Tensor, packed: _Packed) -> Tensor:
-        at, bt, _ = self._matrices(x)
-        matrix = algorithm.kronecker(*bt)
         if self.integer and self._source():
-            f = self._integer_taps(x, matrix, packed)
-            tiles = algorithm.output_tiles(f, self.tiling.taps)
-        else:
-            f = self._float_taps(x, matrix, packed)
-            tiles = algorithm.transformed(algorithm.kronecker(*at), f).view(*self.tiling.m, *f.shape[1:])
-        found = self.tiling.join(tiles, x.shape[0], x.shape[2], x.shape[3])
-        return found if packed.bias is None else found + packed.bias.view(1, -1, 1, 1)
+            tiles = algorithm.output_tiles(self._integer_taps(x, packed), self.tiling.taps)
+            return self._joined(x, tiles, packed.bias)
+        return self._in_float(x, packed.u.float(), packed.steps, packed.us, packed.bias)
 
-    def _integer_taps(self, x: Tensor, matrix: Tensor, packed: _Packed) -> Tensor:
+    def _joined(self, x: Tensor, tiles: Tensor, bias: Tensor | None) -> Tensor:
+        found = self.tiling.join(tiles, x.shape[0], x.shape[2], x.shape[3])
+        return found if bias is None else found + bias.view(1, -1, 1, 1)
+
+    def _integer_taps(self, x: Tensor, packed: _Packed) -> Tensor:
         """The sums over channels [P, K, L] in real units: :func:`~.numerics.winograd.integer_convolution` with
         gradients."""
         scale = self._source()[0]
         levels = x / scale
+        matrix = algorithm.kronecker(*self._matrix(_B, x))
         d = algorithm.transformed(matrix, self.tiling.cut(straight_through(levels, torch.round(levels))))
         self._see(d, scale)
         exact = algorithm.exact_dtype(packed.u.shape[2], self.bits)
@@ -284,28 +284,28 @@ class _WinogradCell(Cell):
         acc = algorithm.accumulated(straight_through(d, v.to(exact), slope), packed.u.to(exact))
         return acc.float() * packed.us[:, :, None]
 
-    def _float_taps(self, x: Tensor, matrix: Tensor, packed: _Packed) -> Tensor:
+    def _in_float(self, x: Tensor, u: Tensor, steps: Tensor, us: Tensor, bias: Tensor | None) -> Tensor:
         """The same with quantizers in float, or with none where the input has none."""
-        d = algorithm.transformed(matrix, self.tiling.cut(x))
+        d = algorithm.transformed(algorithm.kronecker(*self._matrix(_B, x)), self.tiling.cut(x))
         source = self._source()
         if source:
             self._see(d, torch.ones_like(source[0]))
-            d = rounded(d / (packed.steps * source[0]).float().view(-1, 1, 1), 2 ** (self.bits - 1) - 1)
-        return algorithm.accumulated(d, packed.u.float()) * packed.us[:, :, None]
+            d = rounded(d / (steps * source[0]).float().view(-1, 1, 1), 2 ** (self.bits - 1) - 1)
+        f = algorithm.accumulated(d, u) * us[:, :, None]
+        tiles = algorithm.transformed(algorithm.kronecker(*self._matrix(_A, x)), f)
+        return self._joined(x, tiles.view(*self.tiling.m, *f.shape[1:]), bias)
 
-    def _matrices(self, like: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
-        """A^T, B^T and G, each of the vertical and of the horizontal axis, in the type and at the place of ``like``;
-        quantized if they are trained."""
-        found = []
-        for matrix in (self.at, self.bt, self.g) if self.flex else self.exact:
-            if self.flex and self.bits != 32:
-                limit = 2 ** (self.bits - 1) - 1
-                unit = matrix.detach().abs().max() / limit
-                matrix = rounded(matrix / unit, limit) * unit
-            matrix = matrix.to(like)
-            one = matrix.new_ones(1, 1)
-            found.append((matrix if self.kernel[0] == 3 else one, matrix if self.kernel[1] == 3 else one))
-        return tuple(found)
+    def _matrix(self, which: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """A^T, B^T or G of the vertical and of the horizontal axis, in the type and at the place of ``like``; quantized
+        if they are trained."""
+        matrix = ((self.at, self.bt, self.g) if self.flex else self.exact)[which]
+        if self.flex and self.bits != 32:
+            limit = 2 ** (self.bits - 1) - 1
+            unit = matrix.detach().abs().max() / limit
+            matrix = rounded(matrix / unit, limit) * unit
+        matrix = matrix.to(like)
+        one = matrix.new_ones(1, 1)
+        return matrix if self.kernel[0] == 3 else one, matrix if self.kernel[1] == 3 else one
 
     def _source(self) -> tuple[Tensor, ...]:
         """Scale and zero point of the input's integers; empty where it comes in float."""
@@ -332,15 +332,14 @@ class _WinogradCell(Cell):
                 safe = torch.where(factor == 0, torch.ones_like(factor), factor)
             else:
                 bias = shift if bias is None else shift + bias * factor
-        _, bt, g = self._matrices(weight.double())
-        real = algorithm.transformed_weight(weight, *g)
+        real = algorithm.transformed_weight(weight, *self._matrix(_G, weight.double()))
         if self.bits == 32:
             one = real.new_ones(real.shape[0])
             us = torch.ones(real.shape[:2], device=real.device)
             u, steps, mul, bound = real.float(), one, one.to(torch.int32), one
         else:
             with torch.no_grad():
-                steps, mul, bound = self._tap_steps(algorithm.kronecker(*bt), real)
+                steps, mul, bound = self._tap_steps(real)
                 units = algorithm.weight_steps(real, bound, self.bits)
                 if self.bits == 8 and self.weight_range != Range():
                     rows = real.detach().reshape(-1, real.shape[2])
@@ -351,9 +350,10 @@ class _WinogradCell(Cell):
         us = us if safe is None else us / safe
         return _Packed(u, steps, mul, bound, us, bias if bias is None else bias.float().view(out))
 
-    def _tap_steps(self, matrix: Tensor, real: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _tap_steps(self, real: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``steps`` and ``mul`` as in :class:`_Packed`, and the greatest \\|V\\| by tap."""
         source = self._source()
+        matrix = algorithm.kronecker(*self._matrix(_B, real))
         if not source:
             one = matrix.new_ones(matrix.shape[0])
             return one, one.to(torch.int32), one
@@ -415,7 +415,7 @@ class _WinogradCell(Cell):
     def _shipped(self, x: Tensor) -> Tensor:
         u, us, bias = (self.get_buffer(name) for name in ("u", "us", "bias_f"))
         if not (self.integer and self._source()):
-            return self._convolved(x, _Packed(u.float(), self.get_buffer("steps"), us, us, us, bias))
+            return self._in_float(x, u.float(), self.get_buffer("steps"), us, bias)
         found: Tensor = torch.ops.bitsmith.winograd(
             *(x, u, self.get_buffer("mul"), us, bias, self.input_scale),
             *(self.tile, list(self.kernel), list(self.tiling.pads), self.bits),
