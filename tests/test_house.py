@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -72,6 +73,15 @@ def own(path: Path) -> Iterator[tuple[int, str]]:
 def test_every_module_has_a_floor() -> None:
     tops = {path.relative_to(ROOT).parts[0].removesuffix(".py") for path in FILES}
     assert tops == set(FLOOR)
+
+
+def test_the_page_has_the_same_floors_and_every_module() -> None:
+    page = (ROOT.parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    floors = re.findall(r"^\d+\. (`.*)$", page, re.MULTILINE)
+    assert [set(re.findall(r"`(\w+)`", line)) for line in floors] == [set(names) for names in reversed(FLOORS)]
+    house = page.partition("## The house")[2].partition("\n## ")[0]
+    named = {name.partition("/")[0].removesuffix(".py") for name in re.findall(r"`([\w./]+)`", house)}
+    assert {name for name in FLOOR if not name.startswith("_")} <= named
 
 
 @pytest.mark.parametrize("path", FILES, ids=NAMES.values())
