@@ -48,8 +48,31 @@ class Clock(OpenVino):
 FASTER = Clock(1, kernels=True, layers=(("base", 1.0), ("0", 0.5), ("1", 0.7)))
 
 
-def images(count: int, seed: int = 0) -> list[Any]:
-    return list(np.random.default_rng(seed).standard_normal((count, *SHAPE)).astype(np.float32))
+def images(count: int, seed: int = 0, shape: tuple[int, ...] = SHAPE) -> list[Any]:
+    return list(np.random.default_rng(seed).standard_normal((count, *shape)).astype(np.float32))
+
+
+def quantized(net: nn.Module, folder: Path, shape: tuple[int, ...] = SHAPE) -> Path:
+    """What ONNX Runtime's own quantizer makes of a network."""
+    onnx.save(to_onnx(exported_program(net.eval(), torch.zeros(shape))), str(folder / "float.onnx"))
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.items = iter([{"input": x} for x in images(4, shape=shape)])
+
+        def get_next(self) -> Any:
+            return next(self.items, None)
+
+    quantize_static(
+        str(folder / "float.onnx"),
+        str(folder / "int8.onnx"),
+        Reader(),
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+    )
+    return folder / "int8.onnx"
 
 
 @pytest.fixture(scope="module")
@@ -66,26 +89,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
         nn.ReLU(),
         nn.Flatten(),
         nn.Linear(20 * 36, 10),
-    ).eval()
-    onnx.save(to_onnx(exported_program(net, torch.zeros(SHAPE))), str(folder / "float.onnx"))
-
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.items = iter([{"input": x} for x in images(4)])
-
-        def get_next(self) -> Any:
-            return next(self.items, None)
-
-    quantize_static(
-        str(folder / "float.onnx"),
-        str(folder / "int8.onnx"),
-        Reader(),
-        quant_format=QuantFormat.QDQ,
-        per_channel=True,
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
     )
-    return {"float": folder / "float.onnx", "int8": folder / "int8.onnx"}
+    return {"int8": quantized(net, folder), "float": folder / "float.onnx"}
 
 
 def operations(path: Path) -> list[str]:
@@ -144,6 +149,48 @@ def test_where_nothing_is_gained_the_file_stays_as_it_was(files: Mapping[str, Pa
     assert operations(tmp_path / "same.onnx") == operations(files["int8"])
     if what == "whole":
         assert found.ratio == 1.0
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 1, 1), (2, 3, 2, 1), (1, 3, 3, 5)])
+@pytest.mark.parametrize("channels", [(13, 7), (1, 33)])
+def test_maps_smaller_than_a_tile_and_odd_channels(
+    channels: tuple[int, int], shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, channels[0], 1),
+        nn.Sigmoid(),
+        nn.Conv2d(*channels, 3, padding=1),
+        nn.Sigmoid(),
+        nn.Conv2d(channels[1], 5, 3, padding=(1, 2)),
+    )
+    path = quantized(net, tmp_path, shape)
+    found = accelerate(path, tmp_path / "fast.onnx", images(3, 1, shape), target=FASTER, options=[(4, 16)])
+    assert [layer.chosen for layer in found.layers] == [None, (4, 16), (4, 16)]
+    assert found.sqnr_db > 35
+
+
+BESIDE = {
+    "stride": ({"stride": 2}, "stride"),
+    "dilation": ({"dilation": 2}, "dilation"),
+    "groups": ({"groups": 4}, "4 groups"),
+    "kernel": ({"kernel_size": 5}, "5x5, not 3x3"),
+}
+
+
+@pytest.mark.parametrize("case", BESIDE)
+def test_what_cannot_be_replaced_stays_direct(case: str, tmp_path: Path) -> None:
+    given, reason = BESIDE[case]
+    torch.manual_seed(0)
+    plain = nn.Conv2d(8, 8, 3)
+    net = nn.Sequential(plain, nn.ReLU(), nn.Conv2d(8, 8, **{"kernel_size": 3, **given}), nn.ReLU())
+    shape = (1, 8, 12, 12)
+    path = quantized(net, tmp_path, shape)
+    found = accelerate(path, tmp_path / "fast.onnx", images(3, 1, shape), target=FASTER, options=[(4, 16)])
+    assert [layer.chosen for layer in found.layers] == [(4, 16), None]
+    assert reason in found.layers[1].reason
+    assert operations(tmp_path / "fast.onnx").count("Conv") == 1
+    assert found.sqnr_db > 30
 
 
 def test_random_numbers_where_no_data_are_given(files: Mapping[str, Path], tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from .numerics import winograd as algorithm
 from .numerics.taps import TapObserver, TapStatistics
 from .plan import Plan
 from .site import Range
-from .targets._openvino_kernels import extension
+from .targets._openvino_kernels import missing
 from .targets.base import Array, Artifact, Target, TargetError, Timing
 from .targets.openvino import OpenVino
 from .technique import No
@@ -106,8 +106,8 @@ def accelerate(
     found = [(name_of(node), what) for node, what in convolutions(ir.from_proto(model).graph)]
     able = {name: what for name, what in found if isinstance(what, Candidate)}
     reasons = {name: str(what) for name, what in found if isinstance(what, No)}
-    if able and isinstance(missing := extension(), No):
-        raise TargetError(f"{source} has convolutions that could be faster, but {missing}")
+    if able and (lacking := missing()) is not None:
+        raise TargetError(f"{source} has convolutions that could be faster, but {lacking}")
     batches = _batches(model, data)
     statistics = _taps(model, able, options, batches)
     with tempfile.TemporaryDirectory(prefix="bitsmith-") as folder:
@@ -202,9 +202,9 @@ def _batches(model: onnx.ModelProto, data: Iterable[Any] | Mapping[str, Array] |
         data = _cut(data, shapes[0][0] if shapes[0] else 1)
     found = []
     for k, item in enumerate(data):
-        if isinstance(item, Mapping) and (missing := [value.name for value in inputs if value.name not in item]):
+        if isinstance(item, Mapping) and (lacking := [value.name for value in inputs if value.name not in item]):
             raise AccelerateError(
-                f"item {k} of the data lacks {', '.join(missing)}; it has {', '.join(map(str, item)) or 'nothing'}"
+                f"item {k} of the data lacks {', '.join(lacking)}; it has {', '.join(map(str, item)) or 'nothing'}"
             )
         given = [item[value.name] for value in inputs] if isinstance(item, Mapping) else item
         parts = tuple(given) if isinstance(given, (tuple, list)) else (given,)
@@ -285,6 +285,7 @@ def packed(what: Candidate, bits: int, taps: TapStatistics) -> Packed:
     mul, bound = algorithm.fixed_point(real, taps.limits(Range("mse")), taps.power, (low, high), bits)
     units = algorithm.weight_steps(real, bound, bits)
     u = torch.round(real / units[:, :, None]).to(torch.int8 if bits == 8 else torch.int16)
+    algorithm.check_accumulator(u, bound, what.name)
     us = units * (what.x.scale * 2.0**15 / mul.double())[:, None]
     return Packed(tile, bits, u.numpy(), mul.to(torch.int16).numpy(), us.float().numpy())
 

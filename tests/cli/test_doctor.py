@@ -15,7 +15,6 @@ import pytest
 
 from bitsmith.cli import doctor
 from bitsmith.targets import _openvino_kernels
-from bitsmith.targets.base import TargetError
 from bitsmith.technique import No
 
 from .conftest import Run
@@ -133,7 +132,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     real = metadata.version
     monkeypatch.setattr(metadata, "version", lambda name: "9.9" if name == "bitsmith-kernels" else real(name))
     monkeypatch.setattr(_openvino_kernels, "extension", lambda: built["2026.4.1"])
-    monkeypatch.setattr(_openvino_kernels, "core", lambda openvino, needed: None)
+    monkeypatch.setattr(_openvino_kernels, "missing", lambda: None)
     return package
 
 
@@ -144,12 +143,10 @@ def test_native_kernels_that_fit(kernels: ModuleType) -> None:
 
 
 def test_native_kernels_that_openvino_does_not_take(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(openvino: Any, needed: bool) -> None:
-        raise TargetError("libx.so cannot be loaded")
-
-    monkeypatch.setattr(_openvino_kernels, "core", broken)
+    monkeypatch.setattr(_openvino_kernels, "missing", lambda: No("libx.so cannot be loaded"))
     assert (doctor.kernels().state, doctor.kernels().mend) == ("BROKEN", "libx.so cannot be loaded")
-    monkeypatch.setattr(_openvino_kernels, "extension", lambda: No("no extension for OpenVINO 2027.1: pip install x"))
+    for name in ("extension", "missing"):
+        monkeypatch.setattr(_openvino_kernels, name, lambda: No("no extension for OpenVINO 2027.1: pip install x"))
     found = doctor.kernels()
     assert (found.state, found.mend) == ("missing", "no extension for OpenVINO 2027.1: pip install x")
     assert found.said == "9.9; avx2, reference; built for OpenVINO 2026.4.1"

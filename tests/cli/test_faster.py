@@ -31,7 +31,7 @@ def int8(tmp_path: Path) -> Path:
 def test_without_the_kernels_it_says_what_is_missing_before_anything_is_timed(
     int8: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "extension", lambda: No("the native kernels are not installed"))
+    monkeypatch.setattr(module, "missing", lambda: No("the native kernels are not installed"))
     said = run("accelerate", int8, "-o", int8.with_name("fast.onnx"))
     assert said.code == 2
     assert "could be faster, but the native kernels are not installed" in said.err

@@ -275,6 +275,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "groups": ({"group": 2, "channels": (2, 4)}, "2 groups"),
     "kernel": ({"kernel": 1, "pads": [0, 0, 0, 0]}, "1x1, not 3x3"),
     "padding": ({"pads": [3, 3, 3, 3]}, "pads more than 2"),
+    "channels": ({"channels": (65537, 1)}, "65537 input channels: a 32-bit accumulator has room for 65536"),
     "auto": ({"auto_pad": "SAME_UPPER", "pads": None}, "SAME_UPPER"),
 }
 
@@ -282,7 +283,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_other_convolutions_are_refused_with_the_reason(case: str) -> None:
     given, reason = REFUSED[case]
-    g = Graph()
+    g = Graph(given.get("channels", (4, 4))[0])
     y = g.quantized(g.conv(g.quantized("x"), **given))
     model = g.model(y)
     ((_, what),) = convolutions(ir.from_proto(model).graph)

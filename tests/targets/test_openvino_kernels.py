@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +217,37 @@ def test_without_the_kernels_the_plan_still_runs_and_the_file_says_what_it_lacks
         TARGET._read(artifact.path)
 
 
-def test_an_extension_that_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("place", "found", "says"),
+    [
+        (
+            "openvino.__version__",
+            "2027.1.0-1",
+            r"for OpenVINO 2027.1.0 \(built for .*pip install --no-build",
+        ),
+        ("bitsmith_kernels.isas", lambda: ("reference",), "none of the instruction sets"),
+        ("bitsmith_kernels.isas", lambda: _raise(ImportError("its library is not there")), "library is not there"),
+        ("sys.modules.bitsmith_kernels", None, r"are not installed .*pip install ./kernels"),
+        ("sys.modules.openvino", None, r"OpenVINO is missing .*pip install"),
+    ],
+)
+def test_what_may_be_lacking_is_named(place: str, found: Any, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if place.startswith("sys.modules."):
+        monkeypatch.setitem(sys.modules, place.rpartition(".")[2], found)
+    else:
+        monkeypatch.setattr(place, found)
+    _openvino_kernels.extension.cache_clear()
+    try:
+        assert re.search(says, str(_openvino_kernels.missing()))
+    finally:
+        _openvino_kernels.extension.cache_clear()
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def test_an_extension_that_cannot_be_loaded(case: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import openvino
 
     broken = tmp_path / "libbroken.so"
@@ -223,3 +255,6 @@ def test_an_extension_that_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(_openvino_kernels, "extension", lambda: broken)
     with pytest.raises(TargetError, match=r"libbroken.so cannot be loaded .*pip install"):
         _openvino_kernels.core(openvino, True)
+    with pytest.warns(UserWarning, match=r"is computed as Int.*libbroken.so cannot be loaded"):
+        plan = plan_of(case, Winograd(2))
+    assert not any(isinstance(chosen, Winograd) for chosen in plan.sites.values())

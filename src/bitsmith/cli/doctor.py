@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ..technique import No
 from . import show
 
 State = Literal["ok", "missing", "BROKEN"]
@@ -126,7 +125,6 @@ def package(module: str, distribution: str, extra: str) -> Finding:
 def kernels() -> Finding:
     """Whether the native kernels are there, for which instructions and which OpenVINO, and whether that takes them."""
     from ..targets import _openvino_kernels
-    from ..targets.base import TargetError
 
     found = package("bitsmith_kernels", "bitsmith-kernels", "kernels")
     if found.state != "ok":
@@ -140,14 +138,9 @@ def kernels() -> Finding:
         said = f"{found.said}; {', '.join(isas())}; {f'built for OpenVINO {built}' if built else 'without OpenVINO'}"
     except ImportError as error:
         return replace(found, state="BROKEN", said=str(error), mend=_openvino_kernels.AGAIN)
-    if isinstance(missing := _openvino_kernels.extension(), No):
-        return replace(found, state="missing", said=said, mend=str(missing))
-    import openvino
-
-    try:
-        _openvino_kernels.core(openvino, True)
-    except TargetError as error:
-        return replace(found, state="BROKEN", said=said, mend=str(error))
+    if (reason := _openvino_kernels.missing()) is not None:
+        there = isinstance(_openvino_kernels.extension(), Path)
+        return replace(found, state="BROKEN" if there else "missing", said=said, mend=str(reason))
     return replace(found, said=f"{said}, which is here")
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..numerics.winograd import CHANNELS
 from ..technique import No
 from .onnx import GIVES, origin_of
 from .rewrite import (
@@ -141,6 +142,10 @@ def _ordinary(node: ir.Node) -> tuple[Array, Array] | No:
         return No("its weights are no constants")
     if weight.shape[2:] != (3, 3):
         return No(f"its kernel is {'x'.join(map(str, weight.shape[2:]))}, not 3x3")
+    if weight.shape[1] > CHANNELS[16]:
+        return No(
+            f"{weight.shape[1]} input channels: a 32-bit accumulator has room for {CHANNELS[16]} products of taps"
+        )
     bias = dequantized(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else np.zeros(())
     if bias is None:
         return No("its bias is no constant")
@@ -161,10 +166,10 @@ def _shape_refusal(node: ir.Node) -> No | None:
     given = node.attributes
     if given.get_string("auto_pad", "NOTSET") != "NOTSET":
         return No(f"its padding is {given.get_string('auto_pad', '')}: only sizes are read")
-    for name, said in (("strides", "stride"), ("dilations", "dilation")):
+    for name, why in (("strides", "tiles overlap by a stride of 1"), ("dilations", "weights stand side by side")):
         sizes = list(given.get_ints(name, [1, 1]))
         if sizes != [1, 1]:
-            return No(f"{said} {'x'.join(map(str, sizes))}: Winograd's tiles overlap by a stride of 1")
+            return No(f"{name[:-1]} {'x'.join(map(str, sizes))}: Winograd's {why}")
     if given.get_int("group", 1) != 1:
         return No(f"{given.get_int('group', 1)} groups: the sum over channels is what the kernel is fast at")
     if max(given.get_ints("pads", [0] * 4)) > 2:

@@ -41,25 +41,37 @@ def extension() -> Path | No:
         return No(f"the native kernels are not installed ({error}); install them with: {INSTALL}")
     try:
         found: Path = openvino.extension(installed)
+        best = isas()[0]
     except ImportError as error:
         return No(str(error))
-    if isas()[0] == "reference":
+    if best == "reference":
         return No("this processor has none of the instruction sets that the native kernels are fast with")
     return found
+
+
+def missing() -> No | None:
+    """Why OpenVINO cannot compute our operation here; None if it can."""
+    found = _known()
+    return found if isinstance(found, No) else None
 
 
 def core(openvino: Any, needed: bool) -> Any:
     """OpenVINO, knowing our operation if it is needed. Raises :class:`TargetError` where it cannot be loaded."""
     if not needed:
         return openvino.Core()
+    found = _known()
+    if isinstance(found, No):
+        raise TargetError(f"the network has convolutions for the native kernels: {found}")
+    return found
+
+
+def _known() -> Any | No:
     path = extension()
-    if isinstance(path, No):
-        raise TargetError(f"the network has convolutions for the native kernels: {path}")
-    return _extended(path)
+    return path if isinstance(path, No) else _extended(path)
 
 
 @functools.cache
-def _extended(path: Path) -> Any:
+def _extended(path: Path) -> Any | No:
     """Kept for good: with the last ``Core`` that knows it the library would go, under the models that it made."""
     import openvino
 
@@ -68,10 +80,7 @@ def _extended(path: Path) -> Any:
         made.add_extension(str(path))
     except RuntimeError as error:
         last = str(error).strip().rpartition("\n")[2]  # the loader's own words
-        raise TargetError(
-            f"the network has convolutions for the native kernels, and {path} cannot be loaded "
-            f"({last}); install it again with: {AGAIN}"
-        ) from None
+        return No(f"{path} cannot be loaded ({last}); install it again with: {AGAIN}")
     return made
 
 
@@ -120,8 +129,7 @@ def refusal(technique: Technique, site: Site, kernels: bool) -> No | None:
         return No("native kernels multiply integers of 8 or 16 bits")
     if len(site.operands[1].shape) != 4 or tuple(site.operands[1].shape[2:]) != (3, 3):
         return No("native kernels are for 3x3 in two dimensions")
-    path = extension()
-    return path if isinstance(path, No) else None
+    return missing()
 
 
 def adapted(technique: Winograd, site: Site, kernels: bool, reduced: bool | None) -> Technique:

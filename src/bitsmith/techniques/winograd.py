@@ -76,7 +76,7 @@ class Winograd(Technique):
         if refusal:
             return No(refusal)
         assert site.weight is not None
-        channels, limit = site.weight.shape[1], _CHANNELS[self.tap_bits]
+        channels, limit = site.weight.shape[1], algorithm.CHANNELS[self.tap_bits]
         if channels > limit:
             return No(f"{channels} input channels: a 32-bit accumulator has room for {limit} products of taps")
         return True
@@ -119,9 +119,6 @@ class Winograd(Technique):
 
 _INTEGER_TILES = (2, 4)
 """Tiles whose input transform fits in 16 bits: those that the native kernels have."""
-
-_CHANNELS = {8: (2**31 - 1) // (128 * 127), 16: 2**16, 32: 2**31}
-"""Input channels by bits of the taps. 16 bits: with the greatest tap there is, 25500, each weight still gets a unit."""
 
 
 def _refusal(site: Site) -> str:
