@@ -62,13 +62,16 @@ struct Kernel {
     bool bytes;                  // V is kept as unsigned bytes V + 128, else as int16
     int chunk;                   // channels of one step of the input transform: v_row is padded to it
     int rows;                    // tiles that its innermost loop takes at once
+    int together;                // taps that it takes at once: 1, or those of a column
     void (*run)(const Packed&, const Pass&, const Part&);
+    void (*multiply)(const Packed&, void* scratch);  // products alone, of group_tiles tiles and all whole blocks; or null
 };
 
-// Null where the library was built without it.
-const Kernel* kernel_avx512_vnni(int tile, int bits);
-const Kernel* kernel_avx_vnni(int tile, int bits);
-const Kernel* kernel_avx2(int tile, int bits);
+// Null where the library was built without it. `columns`: the one that takes the taps of a column at once, where the set
+// has registers enough.
+const Kernel* kernel_avx512_vnni(int tile, int bits, bool columns);
+const Kernel* kernel_avx_vnni(int tile, int bits, bool columns);
+const Kernel* kernel_avx2(int tile, int bits, bool columns);
 const Kernel* kernel_reference(int tile, int bits);
 
 }  // namespace bitsmith
