@@ -8,13 +8,15 @@
 namespace bitsmith {
 
 constexpr int max_taps = 36;
-constexpr std::ptrdiff_t max_block_tiles = 64;
+constexpr std::ptrdiff_t max_block_tiles = 128;
 
 // One layer, packed for one instruction set.
 //
 // `u` is [block][tap][group][column][lane][4 bytes]. A block is 2 * lanes output channels (the last one may be a single
 // column of lanes), a group is 4 bytes of the reduced dimension: 4 int8 channels or 2 int16 channels. Channels that do
-// not exist are zero. `start` and `us` are [block][tap][column][lane], `bias` is [block][column][lane].
+// not exist are zero. `start` and `us` are [block][tap][column][lane], `bias` is [block][column][lane]. Where a kernel takes
+// the T taps of a column together they are in columns: tap i * T + j of the transform is the (j * T + i)-th, and `u` is
+// [block][j][group][i][column][lane][4 bytes].
 struct Packed {
     std::ptrdiff_t channels_in;
     std::ptrdiff_t channels_out;
