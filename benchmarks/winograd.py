@@ -3,10 +3,12 @@
     python -m benchmarks.winograd [--full] [--threads 1] [--only layers|networks]
 
 Batch 1, fixed shapes, everything through the targets and files that users have. *Layers*: ten equal 3x3 convolutions
-with weights of their own behind one another (weights come from memory, not from a cache), and one alone; per layer, a
-bar on one thread. *Networks*: ResNet-18 and -50 shapes and a VGG-16 trunk, random weights with statistics of real
-images, ResNet-20 with its own; against the fastest int8 file in OpenVINO (Bitsmith's, ONNX Runtime's quantizer's,
-NNCF's), each opened five times. ``accelerate`` chooses the convolutions by their measured times, in each of them.
+with weights of their own behind one another (weights come from memory, not from a cache), and one alone. What a layer
+takes is the difference between ten and two, by eight, so that the floating images at both ends do not count; on one
+thread it has a bar. *Products*: the share of the dot product's peak that the kernels' innermost loop attains.
+*Networks*: ResNet-18 and -50 shapes and a VGG-16 trunk, random weights with statistics of real images, ResNet-20 with
+its own; against the fastest int8 file in OpenVINO (Bitsmith's, ONNX Runtime's quantizer's, NNCF's), each opened five
+times. ``accelerate`` chooses the convolutions by their measured times, in each of them that is an ONNX file.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ from torch import Tensor, nn
 import bitsmith as bs
 from bitsmith.accelerate import Accelerated, accelerate
 from bitsmith.data import Unlabelled
+from bitsmith.export.forms import openvino_form
 from bitsmith.export.onnx import to_onnx
 from bitsmith.export.program import applied_program
 from bitsmith.zoo.cifar_resnet import resnet20
@@ -40,10 +44,10 @@ from .harness import Benchmark, Samples, interleaved, ratio, table
 from .int8_peers import Source, made, silent, write_float
 from .runtimes import OFF, Run, opened, sqnr
 
-PARTS = {"layers": (4.0, 10.0), "networks": (14.0, 40.0)}
-DEPTH = 10
+PARTS = {"layers": (4.0, 12.0), "products": (0.5, 0.5), "networks": (14.0, 40.0)}
+DEPTHS = (10, 2, 1)
 LAYERS = ((64, 56), (128, 28), (256, 14), (512, 7))
-FORMS = {"F2 int8": (2, 8), "F4 int8": (4, 8), "F4 16 bits": (4, 16)}
+FORMS = {"F2 int8": bs.Winograd(2), "F4 int8": bs.Winograd(4), "F4 16 bits": bs.Winograd(4, 16)}
 CALIBRATION, HELD_OUT, OPENINGS = 8, 8, 5
 
 
@@ -73,56 +77,114 @@ def chain(channels: int, depth: int) -> nn.Module:
 def layers(bench: Benchmark) -> None:
     lines = []
     for channels, size in LAYERS:
-        for depth, where in ((DEPTH, "chain"), (1, "alone")):
-            times, cpu, db = one_shape(bench, channels, size, depth)
-            rival = min(("OpenVINO", "ONNX Runtime"), key=lambda name: times[name].median)
-            for name, samples in times.items():
-                gain = ratio(times[rival], samples)
-                cells = [f"{channels}@{size}", where, name, f"{samples.median / depth:.3f}", f"{cpu[name] / depth:.3f}"]
-                lines.append(
-                    [*cells, f"{gain.median:.2f}", "{:.2f} to {:.2f}".format(*gain.quartiles), f"{db[name]:.1f}"]
-                )
-                row = {"channels": channels, "size": size, "depth": depth, "file": name, "rival": rival}
-                bench.row(
-                    "layers", **row, ms=samples.median / depth, cpu=cpu[name] / depth, gain=gain.median, db=db[name]
-                )
-                bar = bar_of(name, channels, size) if name in FORMS and depth == DEPTH else None
+        times, cpu, db = one_shape(bench, channels, size)
+        longest, shortest, alone = DEPTHS
+        for where in ("of ten", "alone"):
+            found = {
+                name: difference(times[name, longest], times[name, shortest]) if where == "of ten" else one
+                for (name, depth), one in times.items()
+                if depth == alone
+            }
+            rival = min(("OpenVINO", "ONNX Runtime"), key=lambda name: found[name].median)
+            for name, samples in found.items():
+                gain = ratio(found[rival], samples)
+                middle = found[rival].median / samples.median
+                whole = times[name, longest if where == "of ten" else alone]
+                processor = cpu[name, longest if where == "of ten" else alone]
+                decibel = db[name, longest if where == "of ten" else alone]
+                cells = [f"{channels}@{size}", where, name, f"{samples.median:.3f}", f"{middle:.2f}"]
+                spread = "{:.2f} to {:.2f}".format(*gain.quartiles)
+                lines.append([*cells, spread, f"{whole.median:.3f}", f"{processor:.3f}", f"{decibel:.1f}"])
+                row: dict[str, Any] = {"channels": channels, "size": size, "where": where, "file": name}
+                row["rival"] = rival
+                row |= {"ms": samples.median, "whole": whole.median, "cpu": processor, "gain": middle, "db": decibel}
+                bench.row("layers", **row)
+                bar = bar_of(name, channels, size) if name in FORMS and where == "of ten" else None
                 if bar is not None and bench.threads == 1:
-                    bench.judge(f"{name} {channels}@{size}", gain.median, bar, "x", at_least=True)
-    heads = ["layer", "where", "computed by", "ms", "CPU ms", "x fastest runtime", "quartiles", "SQNR dB"]
-    table(f"one 3x3 convolution, {bench.threads} threads", heads, lines)
+                    bench.judge(f"{name} {channels}@{size}", middle, bar, "x", at_least=True)
+    heads = [
+        "layer",
+        "where",
+        "computed by",
+        "ms a layer",
+        "x fastest runtime",
+        "quartiles",
+        "ms of all",
+        "CPU ms",
+        "dB",
+    ]
+    table(f"3x3 convolutions, {bench.threads} threads", heads, lines)
 
 
-def one_shape(
-    bench: Benchmark, channels: int, size: int, depth: int
-) -> tuple[dict[str, Samples], dict[str, float], dict[str, float]]:
-    """ms, CPU ms and SQNR to float (dB) of the whole chain, by file."""
-    model = chain(channels, depth)
+def difference(longest: Samples, shortest: Samples) -> Samples:
+    """ms of one layer, round by round."""
+    layers_between = DEPTHS[0] - DEPTHS[1]
+    return Samples(tuple((a - b) / layers_between for a, b in zip(longest.ms, shortest.ms, strict=True)))
+
+
+Key = tuple[str, int]
+"""What computes, and how many layers."""
+Figures = tuple[dict[Key, Samples], dict[Key, float], dict[Key, float]]
+
+
+def one_shape(bench: Benchmark, channels: int, size: int) -> Figures:
+    """ms, CPU ms and SQNR to float (dB, one random input) of whole chains."""
     draw = torch.Generator().manual_seed(size)
     data = [torch.randn(1, channels, size, size, generator=draw).relu() for _ in range(CALIBRATION)]
     openvino, native = bs.targets.OpenVino(bench.threads), bs.targets.OpenVino(bench.threads, kernels=True)
     plans: dict[str, tuple[Any, bs.Technique]] = {
         "OpenVINO": (openvino, bs.Int(8, 8)),
         "ONNX Runtime": (bs.targets.OnnxRuntime(bench.threads), bs.Int(8, 8)),
-        **{name: (native, bs.Winograd(*form)) for name, form in FORMS.items()},
+        **{name: (native, form) for name, form in FORMS.items()},
     }
     x = torch.randn(1, channels, size, size, generator=draw).relu()
-    with torch.inference_mode():
-        reference = [model(x).numpy()]
     with tempfile.TemporaryDirectory(prefix="winograd-") as folder:
-        runs: dict[str, Callable[[], Any]] = {}
+        runs: dict[Key, Callable[[], Any]] = {}
         db = {}
-        for name, (target, technique) in plans.items():
-            net = bs.quantize(model, Unlabelled(data), target, technique, prepare=(), choose=False)
-            suffix = ".onnx" if target.name == "onnxruntime" else ".xml"
-            artifact = bs.export(net, target, Path(folder) / f"{name.replace(' ', '')}{suffix}", x)
-            run = opened(target.name, artifact.path, bench.threads, disabled=OFF)
-            db[name] = sqnr(reference, run([x.numpy()]))
-            runs[name] = lambda run=run: run([x.numpy()])
+        for depth in DEPTHS:
+            model = chain(channels, depth)
+            with torch.inference_mode():
+                reference = [model(x).numpy()]
+            for name, (target, technique) in plans.items():
+                net = bs.quantize(model, Unlabelled(data), target, technique, prepare=(), choose=False)
+                suffix = ".onnx" if target.name == "onnxruntime" else ".xml"
+                artifact = bs.export(net, target, Path(folder) / f"{name.replace(' ', '')}{depth}{suffix}", x)
+                run = opened(target.name, artifact.path, bench.threads, disabled=OFF)
+                db[name, depth] = sqnr(reference, run([x.numpy()]))
+                runs[name, depth] = partial(run, [x.numpy()])
         rounds = 200 if bench.options.full else 60
-        times = interleaved(runs, rounds, refill=True)
-        cpu = {name: cpu_ms(run, rounds) for name, run in runs.items()}
-    return times, cpu, db
+        named = {f"{name} {depth}": run for (name, depth), run in runs.items()}
+        times = interleaved(named, rounds, refill=True)
+        cpu = {key: cpu_ms(run, rounds) for key, run in runs.items()}
+    return {(name, depth): times[f"{name} {depth}"] for name, depth in runs}, cpu, db
+
+
+def products(bench: Benchmark) -> None:
+    """The innermost loop alone, weights and image in the caches, against the dot product in registers."""
+    import bitsmith_kernels as kernels
+
+    isa, lines = kernels.isas()[0], []
+    print(f"{isa}, built by {kernels.compiler()}")
+    for name, form in FORMS.items():
+        tile, bits = form.tile, form.tap_bits
+        peak = kernels.peak(isa, bits)
+        for channels, _ in LAYERS:
+            taps, rng = (tile + 2) ** 2, np.random.default_rng(channels)
+            u = rng.integers(-127, 128, (taps, channels, channels), np.int16 if bits == 16 else np.int8)
+            us = np.full((taps, channels), 1e-3)
+            layer = kernels.Winograd(tile, bits, u, np.full(taps, 1024), us, None, isa=isa)
+            rounds = max(1, int(0.02 * peak / max(layer.multiply(1), 1)))
+            shares = []
+            for _ in range(11):
+                start = time.thread_time()
+                shares.append(layer.multiply(rounds) / (time.thread_time() - start) / peak)
+            low, middle, high = statistics.quantiles(shares, n=4)
+            figures = [f"{middle * peak / 1e9:.0f}", f"{peak / 1e9:.0f}", f"{middle:.0%}", f"{low:.0%} to {high:.0%}"]
+            lines.append([name, channels, *figures])
+            bench.row("products", form=name, channels=channels, share=middle, peak=peak, isa=isa, by=kernels.compiler())
+            if bits == 8:
+                bench.judge(f"products of {name}, {channels} channels", middle, 0.85, at_least=True)
+    table("products alone, one core", ["form", "channels", "GMAC/s", "peak", "share of it", "quartiles"], lines)
 
 
 def cpu_ms(run: Callable[[], Any], rounds: int) -> float:
@@ -212,17 +274,25 @@ def one_network(
         files = sources(model, calibration, folder, bench.threads)
         found: dict[str, Accelerated] = {}
         for label, path in files.items():
+            if path.suffix != ".onnx":  # OpenVINO's own form: a rival only
+                continue
             with silent():
                 found[label] = accelerate(
                     path, folder / f"{len(found)}.onnx", [x.numpy() for x in calibration], target=target, rounds=30
                 )
             print(f"{name}, {label}: {found[label].replaced} of {len(found[label].layers)} replaced", flush=True)
         fast = {label: one.artifact.path for label, one in found.items()}
+        files["Bitsmith"], fast["Bitsmith"] = in_form(files["Bitsmith"]), in_form(fast["Bitsmith"])
         times = openings(bench, files, fast, held[0])
         db = {path: quality(path, bench.threads, held, reference) for path in (*files.values(), *fast.values())}
     best = min(files, key=lambda label: statistics.median(times[files[label]]))
     lines = []
     for label, path in files.items():
+        if label not in fast:
+            before = statistics.median(times[path])
+            lines.append([name, label, f"{before:.2f}", "", "", "", "", "", "", f"{db[path]:.1f}"])
+            bench.row("networks", network=name, file=label, before=before, direct_db=db[path])
+            continue
         own = ratios(times[path], times[fast[label]])
         over = ratios(times[files[best]], times[fast[label]])
         before, after = (statistics.median(times[p]) for p in (path, fast[label]))
@@ -240,7 +310,7 @@ def one_network(
 
 
 def sources(model: nn.Module, calibration: Sequence[Tensor], folder: Path, threads: int) -> dict[str, Path]:
-    """The int8 files that are compared: ours, and those of the peers that OpenVINO reads, in the QDQ form."""
+    """The int8 files that are compared: ours and the peers'."""
     import onnx
 
     net = bs.quantize(model, Unlabelled(calibration), bs.targets.OpenVino(threads))
@@ -251,11 +321,20 @@ def sources(model: nn.Module, calibration: Sequence[Tensor], folder: Path, threa
     entry = onnx.load(str(folder / "float.onnx")).graph.input[0].name
     found = {"Bitsmith": own}
     for result in made(Source(folder / "float.onnx", [{entry: x.numpy()} for x in calibration]), folder):
-        if result.value is not None and result.value.suffix == ".onnx":
+        if result.value is not None:
             found[result.peer.name] = result.value
         elif result.value is None:
             print(result.why, flush=True)
     return found
+
+
+def in_form(path: Path) -> Path:
+    """As our OpenVINO target writes it, for which ``accelerate`` is not asked: it leaves the rest of a file alone."""
+    import onnx
+
+    out = path.with_suffix(".form.onnx")
+    onnx.save(openvino_form(onnx.load(str(path))), str(out))
+    return out
 
 
 def openings(
@@ -285,7 +364,7 @@ def quality(path: Path, threads: int, held: Sequence[Tensor], reference: Sequenc
 def main() -> int:
     bench = Benchmark("winograd", PARTS, description=(__doc__ or "").splitlines()[0], default_threads=1)
     bench.start()
-    return bench.run({"layers": layers, "networks": networks})
+    return bench.run({"layers": layers, "products": products, "networks": networks})
 
 
 if __name__ == "__main__":

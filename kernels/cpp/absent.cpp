@@ -4,13 +4,13 @@
 namespace bitsmith {
 
 #if !defined(BITSMITH_AVX512_VNNI)
-const Kernel* kernel_avx512_vnni(int, int) { return nullptr; }
+const Kernel* kernel_avx512_vnni(int, int, bool) { return nullptr; }
 #endif
 #if !defined(BITSMITH_AVX_VNNI)
-const Kernel* kernel_avx_vnni(int, int) { return nullptr; }
+const Kernel* kernel_avx_vnni(int, int, bool) { return nullptr; }
 #endif
 #if !defined(BITSMITH_AVX2)
-const Kernel* kernel_avx2(int, int) { return nullptr; }
+const Kernel* kernel_avx2(int, int, bool) { return nullptr; }
 #endif
 
 }  // namespace bitsmith

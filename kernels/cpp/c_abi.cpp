@@ -5,6 +5,7 @@
 #include <string>
 
 #include "layer.h"
+#include "peak.h"
 #include "pool.h"
 
 struct bitsmith_layer {
@@ -27,7 +28,7 @@ bitsmith::Levels levels_of(const bitsmith_levels& from) { return {from.scale, fr
 
 }  // namespace
 
-int32_t bitsmith_abi(void) { return 1; }
+int32_t bitsmith_abi(void) { return 2; }
 
 const char* bitsmith_isas(void) {
     static const std::string names = [] {
@@ -98,4 +99,23 @@ int32_t bitsmith_layer_run(const bitsmith_layer* layer, const bitsmith_call* fro
         last_error = error.what();
         return 2;
     }
+}
+
+int64_t bitsmith_layer_multiply(const bitsmith_layer* layer, int32_t rounds) { return layer->layer.multiply(rounds); }
+
+double bitsmith_peak(const char* isa, int32_t bits) {
+    try {
+        return bitsmith::peak_of(isa_of(isa), bits);
+    } catch (const std::exception& error) {
+        last_error = error.what();
+        return 0;
+    }
+}
+
+const char* bitsmith_compiler(void) {
+#if defined(__clang__)
+    return "clang " __clang_version__;
+#else
+    return "gcc " __VERSION__;
+#endif
 }

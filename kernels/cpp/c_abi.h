@@ -57,6 +57,12 @@ BITSMITH_KERNELS_API const char* bitsmith_layer_isa(const bitsmith_layer* layer)
 /* 0, or 1 on wrong input, or 2 on anything else. */
 BITSMITH_KERNELS_API int32_t bitsmith_layer_run(const bitsmith_layer* layer, const bitsmith_call* call);
 
+/* For benchmarks. Multiply-adds of the products alone of a few tiles, done `rounds` times; multiply-adds a second of the dot
+   product in registers, 0 for the reference and on an unknown isa (NULL: the best); the compiler. */
+BITSMITH_KERNELS_API int64_t bitsmith_layer_multiply(const bitsmith_layer* layer, int32_t rounds);
+BITSMITH_KERNELS_API double bitsmith_peak(const char* isa, int32_t bits);
+BITSMITH_KERNELS_API const char* bitsmith_compiler(void);
+
 #if defined(__cplusplus)
 }
 #endif

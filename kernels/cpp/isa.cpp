@@ -55,9 +55,9 @@ const char* name_of(Isa isa) {
 bool available(Isa isa) {
     static const Cpu cpu = detect();
     switch (isa) {
-        case Isa::avx512_vnni: return cpu.avx512_vnni && kernel_avx512_vnni(2, 8);
-        case Isa::avx_vnni: return cpu.avx_vnni && kernel_avx_vnni(2, 8);
-        case Isa::avx2: return cpu.avx2 && kernel_avx2(2, 8);
+        case Isa::avx512_vnni: return cpu.avx512_vnni && kernel_avx512_vnni(2, 8, false);
+        case Isa::avx_vnni: return cpu.avx_vnni && kernel_avx_vnni(2, 8, false);
+        case Isa::avx2: return cpu.avx2 && kernel_avx2(2, 8, false);
         default: return true;
     }
 }

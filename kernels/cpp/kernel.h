@@ -8,13 +8,15 @@
 namespace bitsmith {
 
 constexpr int max_taps = 36;
-constexpr std::ptrdiff_t max_block_tiles = 64;
+constexpr std::ptrdiff_t max_block_tiles = 128;
 
 // One layer, packed for one instruction set.
 //
 // `u` is [block][tap][group][column][lane][4 bytes]. A block is 2 * lanes output channels (the last one may be a single
 // column of lanes), a group is 4 bytes of the reduced dimension: 4 int8 channels or 2 int16 channels. Channels that do
-// not exist are zero. `start` and `us` are [block][tap][column][lane], `bias` is [block][column][lane].
+// not exist are zero. `start` and `us` are [block][tap][column][lane], `bias` is [block][column][lane]. Where a kernel takes
+// the T taps of a column together they are in columns: tap i * T + j of the transform is the (j * T + i)-th, and `u` is
+// [block][j][group][i][column][lane][4 bytes].
 struct Packed {
     std::ptrdiff_t channels_in;
     std::ptrdiff_t channels_out;
@@ -62,13 +64,16 @@ struct Kernel {
     bool bytes;                  // V is kept as unsigned bytes V + 128, else as int16
     int chunk;                   // channels of one step of the input transform: v_row is padded to it
     int rows;                    // tiles that its innermost loop takes at once
+    int together;                // taps that it takes at once: 1, or those of a column
     void (*run)(const Packed&, const Pass&, const Part&);
+    void (*multiply)(const Packed&, void* scratch);  // products alone, of group_tiles tiles and all whole blocks; or null
 };
 
-// Null where the library was built without it.
-const Kernel* kernel_avx512_vnni(int tile, int bits);
-const Kernel* kernel_avx_vnni(int tile, int bits);
-const Kernel* kernel_avx2(int tile, int bits);
+// Null where the library was built without it. `columns`: the one that takes the taps of a column at once, where the set
+// has registers enough.
+const Kernel* kernel_avx512_vnni(int tile, int bits, bool columns);
+const Kernel* kernel_avx_vnni(int tile, int bits, bool columns);
+const Kernel* kernel_avx2(int tile, int bits, bool columns);
 const Kernel* kernel_reference(int tile, int bits);
 
 }  // namespace bitsmith

@@ -58,6 +58,9 @@ public:
     // Thread-safe. Throws std::invalid_argument.
     void run(const Call& call, const ParallelFor& parallel_for) const;
 
+    // For benchmarks: the products alone of a few tiles, `rounds` times. Returns how many multiply-adds that was.
+    std::int64_t multiply(int rounds) const;
+
     std::ptrdiff_t out_height(std::ptrdiff_t height) const { return height + pads_[0] + pads_[2] - 2; }
     std::ptrdiff_t out_width(std::ptrdiff_t width) const { return width + pads_[1] + pads_[3] - 2; }
     std::size_t packed_bytes() const;
@@ -67,6 +70,8 @@ private:
     int tile_;
     Isa isa_;
     bool x_signed_;
+    std::size_t scratch_bytes() const;
+
     int pads_[4];                        // top, left, bottom, right
     const Kernel* kernel_;
     Packed packed_;

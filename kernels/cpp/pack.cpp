@@ -7,7 +7,8 @@ namespace bitsmith {
 
 namespace {
 
-// From: [tap][channel out][channel in] of T. To: [block][tap][group][column][lane][4 bytes] of V.
+// From: [tap][channel out][channel in] of T. To: [block][tap][group][column][lane][4 bytes] of V, or where the kernel takes
+// the taps of a column together: [block][column of taps][group][tap][column][lane][4 bytes].
 template <class T, class V>
 void pack_weights(const Spec& spec, const Kernel& kernel, const PackedBuffers& to) {
     const T* u = static_cast<const T*>(spec.u);
@@ -24,13 +25,16 @@ void pack_weights(const Spec& spec, const Kernel& kernel, const PackedBuffers& t
         const std::ptrdiff_t wide = std::min<std::ptrdiff_t>(2, columns - 2 * block);  // columns of this block
         for (std::ptrdiff_t p = 0; p < taps; ++p) {
             const T* from = u + (p * spec.channels_out + k) * spec.channels_in;
-            V* row = packed + ((block * 2 * taps + p * wide) * groups + column) * lanes * per_group + lane * per_group;
+            const std::ptrdiff_t inner = kernel.together > 1 ? p / kernel.together : 0;
+            const std::ptrdiff_t outer = kernel.together > 1 ? p % kernel.together * kernel.together : p;
+            V* row = packed + ((block * 2 * taps + outer * wide) * groups + inner * wide + column) * lanes * per_group +
+                     lane * per_group;
             std::int32_t sum = 0;
             for (std::ptrdiff_t c = 0; c < spec.channels_in; ++c) {
-                row[c / per_group * wide * lanes * per_group + c % per_group] = from[c];
+                row[c / per_group * kernel.together * wide * lanes * per_group + c % per_group] = from[c];
                 sum += from[c];
             }
-            const std::ptrdiff_t at = (block * 2 * taps + p * wide + column) * lanes + lane;
+            const std::ptrdiff_t at = (block * 2 * taps + (outer + inner) * wide + column) * lanes + lane;
             start[at] = kernel.bytes ? -128 * sum : 0;  // fits: |sum| * 128 is within the bound
             us[at] = spec.us[p * spec.channels_out + k];
         }

@@ -106,7 +106,7 @@ void run(const Packed& layer, const Pass& pass, const Part& part) {
 }
 
 template <int Tile, int Bits>
-constexpr Kernel kernel_of = {1, false, 1, 1, run<Tile, Bits>};
+constexpr Kernel kernel_of = {1, false, 1, 1, 1, run<Tile, Bits>, nullptr};
 
 }  // namespace
 

@@ -36,17 +36,40 @@ def test_products_in_registers(
 ) -> None:
     for rows in range(1, most + 1):
         for columns in (1, 2):
-            form = f"::{name}, {str(of_bytes).lower()}, {rows}, {columns}>("
-            bodies = [body for symbol, body in code.items() if "micro<" in symbol and form in symbol]
-            if not bodies:
-                pytest.skip(f"this build has no {name}")
-            (body,) = bodies
-            loop = hot_loop(body, product)
-            products = [text for text in loop if text.startswith(product)]
-            assert len(products) == rows * columns, form
-            assert all(f"%{register}" in text for text in products)
-            framed = any("%rsp,%rbp" in text for _, text in body)  # else rbp is a register like any other
-            spills = [t for t in loop if "(%rsp" in t or (framed and "(%rbp" in t)]
-            assert not spills, f"{form}: {spills}"
-            copies = [t for t in loop if t.startswith("vmov") and "(" not in t]
-            assert not copies, f"{form}: {copies}"
+            form = f"micro<(anonymous namespace)::{name}, {str(of_bytes).lower()}, {rows}, {columns}>("
+            check(code, form, product, register, rows * columns)
+
+
+# taps of a column, tiles at once
+COLUMNS = [(tile, rows) for tile, most in ((2, 3), (4, 2)) for rows in range(1, most + 1)]
+
+
+@pytest.mark.parametrize(("tile", "rows"), COLUMNS)
+@pytest.mark.parametrize(("of_bytes", "product"), [(True, "vpdpbusd"), (False, "vpdpwssd")])
+def test_products_of_a_column_in_registers(
+    code: dict[str, list[tuple[int, str]]], tile: int, rows: int, of_bytes: bool, product: str
+) -> None:
+    for columns in (1, 2):
+        which = f"{str(of_bytes).lower()}, {tile}, {rows}, {columns}"
+        form = f"micro_column<(anonymous namespace)::Avx512Vnni, {which}>("
+        loop = check(code, form, product, "zmm", (tile + 2) * rows * columns)
+        loads = [text for text in loop if "(" in text and "zmm" in text]
+        assert len(loads) == (tile + 2) * (rows + columns), f"{form}: weights are loaded more than once"
+
+
+def check(code: dict[str, list[tuple[int, str]]], form: str, product: str, register: str, count: int) -> list[str]:
+    """The innermost loop of the function, which has so many products, in registers."""
+    bodies = [body for symbol, body in code.items() if form in symbol]
+    if not bodies:
+        pytest.skip(f"this build has no {form}")
+    (body,) = bodies
+    loop = hot_loop(body, product)
+    products = [text for text in loop if text.startswith(product)]
+    assert len(products) == count, form
+    assert all(f"%{register}" in text for text in products)
+    framed = any("%rsp,%rbp" in text for _, text in body)  # else rbp is a register like any other
+    spills = [t for t in loop if "(%rsp" in t or (framed and "(%rbp" in t)]
+    assert not spills, f"{form}: {spills}"
+    copies = [t for t in loop if t.startswith("vmov") and "(" not in t]
+    assert not copies, f"{form}: {copies}"
+    return loop

@@ -15,4 +15,6 @@ struct Avx2 : Ymm {
 
 }  // namespace
 
-const bitsmith::Kernel* bitsmith::kernel_avx2(int tile, int bits) { return find_kernel<Avx2>(tile, bits); }
+const bitsmith::Kernel* bitsmith::kernel_avx2(int tile, int bits, bool columns) {
+    return find_kernel<Avx2>(tile, bits, columns);
+}

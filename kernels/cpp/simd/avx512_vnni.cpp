@@ -15,6 +15,8 @@ struct Avx512Vnni {
     static constexpr int lanes = 16;
     static constexpr int words = 32;
     static constexpr int rows = 14;  // 14 x 2 accumulators, 2 of weights, 1 broadcast: 31 of 32 registers
+    template <int Tile>
+    static constexpr int column_rows = Tile == 2 ? 3 : 2;  // with the taps of a column, 24 accumulators
     static constexpr bool dots_bytes = true;
 
     static Int load(const void* p) { return _mm512_loadu_si512(p); }
@@ -71,6 +73,18 @@ struct Avx512Vnni {
                                              : _mm_maskz_loadu_epi8(static_cast<__mmask16>((1 << count) - 1), p);
         return is_signed ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes);
     }
+    static Int words_of(int a) { return _mm512_set1_epi16(static_cast<short>(a)); }
+    // 32 channels of two pixels, as levels that `zero` (words) is added to; they lie within -32768 and 32767
+    static void store_pixels(std::uint8_t* p, std::uint8_t* q, Int p0, Int p1, Int q0, Int q1, Int zero) {
+        const Int byte = _mm512_set1_epi16(255);  // signed levels become bytes without saturation
+        const Int two = _mm512_and_si512(_mm512_add_epi16(_mm512_packs_epi32(p0, p1), zero), byte);
+        const Int other = _mm512_and_si512(_mm512_add_epi16(_mm512_packs_epi32(q0, q1), zero), byte);
+        // each quarter of the pack: 4 channels of p0, p1, q0, q1
+        const Int order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+        const Int bytes = _mm512_permutexvar_epi32(order, _mm512_packus_epi16(two, other));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256(bytes));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(q), _mm512_extracti64x4_epi64(bytes, 1));
+    }
     static void store_levels(std::uint8_t* p, Int a, int count) {
         const __m128i bytes = _mm512_cvtepi32_epi8(a);
         if (count == lanes)
@@ -82,4 +96,6 @@ struct Avx512Vnni {
 
 }  // namespace
 
-const bitsmith::Kernel* bitsmith::kernel_avx512_vnni(int tile, int bits) { return find_kernel<Avx512Vnni>(tile, bits); }
+const bitsmith::Kernel* bitsmith::kernel_avx512_vnni(int tile, int bits, bool columns) {
+    return find_kernel<Avx512Vnni>(tile, bits, columns);
+}

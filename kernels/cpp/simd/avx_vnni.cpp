@@ -13,4 +13,6 @@ struct AvxVnni : Ymm {
 
 }  // namespace
 
-const bitsmith::Kernel* bitsmith::kernel_avx_vnni(int tile, int bits) { return find_kernel<AvxVnni>(tile, bits); }
+const bitsmith::Kernel* bitsmith::kernel_avx_vnni(int tile, int bits, bool columns) {
+    return find_kernel<AvxVnni>(tile, bits, columns);
+}

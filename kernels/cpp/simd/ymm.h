@@ -17,6 +17,8 @@ struct Ymm {
     static constexpr int lanes = 8;
     static constexpr int words = 16;
     static constexpr int rows = 6;  // 6 x 2 accumulators of 16 registers
+    template <int Tile>
+    static constexpr int column_rows = 0;  // too few registers for the taps of a column
 
     static Int load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
     static Int load(const std::int32_t* p) { return load(static_cast<const void*>(p)); }

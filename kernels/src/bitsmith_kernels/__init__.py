@@ -4,9 +4,9 @@
 The arithmetic is specified bit for bit in the README; every instruction set gives the same bits.
 """
 
-from ._library import isas
+from ._library import compiler, isas, peak
 from .winograd import Winograd
 
 __version__ = "0.1.0"
 
-__all__ = ["Winograd", "isas", "__version__"]
+__all__ = ["Winograd", "compiler", "isas", "peak", "__version__"]

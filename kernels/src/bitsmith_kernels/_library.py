@@ -7,7 +7,7 @@ import functools
 import sys
 from pathlib import Path
 
-_ABI = 1
+_ABI = 2
 
 
 class Spec(c.Structure):
@@ -91,6 +91,11 @@ def load() -> c.CDLL:
     library.bitsmith_layer_isa.argtypes = [c.c_void_p]
     library.bitsmith_layer_run.restype = c.c_int32
     library.bitsmith_layer_run.argtypes = [c.c_void_p, c.POINTER(Call)]
+    library.bitsmith_layer_multiply.restype = c.c_int64
+    library.bitsmith_layer_multiply.argtypes = [c.c_void_p, c.c_int32]
+    library.bitsmith_peak.restype = c.c_double
+    library.bitsmith_peak.argtypes = [c.c_char_p, c.c_int32]
+    library.bitsmith_compiler.restype = c.c_char_p
     return library
 
 
@@ -108,3 +113,20 @@ def isas() -> tuple[str, ...]:
     """
     names: bytes = load().bitsmith_isas()
     return tuple(names.decode().split(","))
+
+
+def peak(isa: str, bits: int) -> float:
+    """Multiply-adds a second that one core does of the dot product alone, in registers. Measured when called: a second.
+
+    ``bits``: 8 or 16, of the factors. 0 for ``"reference"``, which has none. Raises ``ValueError`` for what this CPU
+    lacks.
+    """
+    if isa not in isas() or bits not in (8, 16):
+        raise ValueError(f"peak({isa!r}, {bits}): isa is one of {', '.join(isas())} here, bits 8 or 16")
+    return float(load().bitsmith_peak(isa.encode(), bits))
+
+
+def compiler() -> str:
+    """The compiler that built the library, with its version."""
+    name: bytes = load().bitsmith_compiler()
+    return name.decode()

@@ -108,6 +108,14 @@ class Winograd:
         """Memory that the packed layer holds, in bytes (large arrays are rounded up to pages of 2 MiB)."""
         return int(self._library.bitsmith_layer_bytes(self._layer))
 
+    def multiply(self, rounds: int) -> int:
+        """Do the products alone, of a few tiles and of whole blocks of output channels, ``rounds`` times.
+
+        Returns how many multiply-adds that was: against :func:`~bitsmith_kernels.peak` the share that the innermost
+        loop attains. 0 for the reference and for layers with fewer output channels than a block.
+        """
+        return int(self._library.bitsmith_layer_multiply(self._layer, _small("rounds", rounds)))
+
     def __repr__(self) -> str:
         channels_in, channels_out = self._channels
         form = f"tile={self._tile}, bits={self._bits}"
