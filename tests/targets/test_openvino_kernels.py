@@ -23,7 +23,7 @@ from bitsmith.plan import Plan
 from bitsmith.prepare.correct_bias import CorrectBias
 from bitsmith.site import Format
 from bitsmith.targets import _openvino_kernels
-from bitsmith.targets.base import Artifact, TargetError
+from bitsmith.targets.base import Artifact, ArtifactError, TargetError
 from bitsmith.targets.openvino import OpenVino
 from bitsmith.technique import No, Technique
 from bitsmith.techniques.int_ import Int
@@ -258,3 +258,36 @@ def test_an_extension_that_cannot_be_loaded(case: Any, tmp_path: Path, monkeypat
     with pytest.warns(UserWarning, match=r"is computed as Int.*libbroken.so cannot be loaded"):
         plan = plan_of(case, Winograd(2))
     assert not any(isinstance(chosen, Winograd) for chosen in plan.sites.values())
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "says"),
+    [
+        ("y_scale", "0", "output scale is 0; must be positive"),
+        ("residual_scale", "-1", "residual scale is -1; must be positive"),
+        ("tile", "3", "tile is 3; must be 2 or 4"),
+        ("tile", "4", "must be [36,"),  # more taps than the weights have
+        ("bits", "16", "u must be i8 for 8 bits and i16 for 16"),
+        ("x_zero", "300", "a level is 300"),
+        ("y_zero", "-7", "output zero point is -7; must be in 0 .. 255"),
+        ("low", "200", "low is 200 and high is 100; must be ordered"),
+        ("pads", "3, 1, 1, 1", "a pad is 3; each must be 0, 1 or 2"),
+        ("pads", "1, 1", "pads must be top, left, bottom, right"),
+    ],
+)
+def test_an_edited_file_is_refused_when_it_is_read(
+    case: Any, tmp_path: Path, attribute: str, value: str, says: str
+) -> None:
+    """OpenVINO is silent about what an operation throws when it runs, and leaves the output as it was."""
+    _, artifact = exported(case, plan_of(case, Winograd(2)), tmp_path)
+    text = artifact.path.read_text(encoding="utf-8")
+
+    def edit(found: re.Match[str]) -> str:
+        changed = re.sub(rf'\b{attribute}="[^"]*"', f'{attribute}="{value}"', found[0])
+        return changed if attribute != "low" else re.sub(r'\bhigh="[^"]*"', 'high="100"', changed)
+
+    edited = re.sub(r"<data tile=[^>]*>", edit, text)
+    assert edited != text
+    artifact.path.write_text(edited, encoding="utf-8")
+    with pytest.raises(ArtifactError, match=re.escape(says)):
+        TARGET.opened(artifact)

@@ -1,7 +1,9 @@
 // bitsmith::WinogradConv as an operation of OpenVINO: NHWC 8-bit levels in and out, on OpenVINO's own threads.
 #include <cstdint>
+#include <cstdio>
 #include <memory>
 #include <mutex>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -9,10 +11,12 @@
 #include <openvino/core/op_extension.hpp>
 #include <openvino/frontend/extension.hpp>
 #include <openvino/frontend/onnx/extension/op.hpp>
+#include <openvino/op/constant.hpp>
 #include <openvino/op/op.hpp>
 #include <tbb/parallel_for.h>
 #include <tbb/task_arena.h>
 
+#include "check.h"
 #include "isa.h"
 #include "layer.h"
 
@@ -30,6 +34,12 @@ struct Attributes {
 struct Shared {
     std::once_flag once;
     std::unique_ptr<bitsmith::Layer> layer;
+    bool checked = false;  // what is constant; models are read and compiled on one thread
+};
+
+// The constant inputs in the types of a Spec, which points into them.
+struct Arrays {
+    std::vector<std::int16_t> mul, wide;
 };
 
 bool is_level(const ov::element::Type& type) { return type == ov::element::u8 || type == ov::element::i8; }
@@ -85,9 +95,13 @@ public:
         if (x.rank().is_static() && u.rank().is_static()) {
             NODE_VALIDATION_CHECK(this, x[3].compatible(u[2]), "x and u have different input channels");
             y = {x[0], x[1] + own_.pads[0] + own_.pads[2] - 2, x[2] + own_.pads[1] + own_.pads[3] - 2, u[1]};
+            for (const std::size_t side : {1, 2})
+                NODE_VALIDATION_CHECK(this, y[side].is_dynamic() || y[side].get_length() >= 1, "x is ", x,
+                                      ": the padded map is smaller than the 3 x 3 kernel");
         }
         NODE_VALIDATION_CHECK(this, count == 5 || get_input_partial_shape(residual).compatible(y),
                               "the residual must have the shape of the output");
+        if (x.rank().is_static() && u.rank().is_static()) check_values(x, u);
         set_output_type(0, own_.y_signed ? ov::element::i8 : ov::element::u8, y);
     }
 
@@ -112,50 +126,98 @@ public:
 
     bool has_evaluate() const override { return true; }
 
-    bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
-        std::call_once(shared_->once, [&] { shared_->layer = packed(inputs); });
-        const ov::Shape& shape = inputs[image].get_shape();
-        Call call;
+    // The plugin leaves what is thrown here unsaid, and the output as it was; false becomes its error.
+    bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override try {
+        std::call_once(shared_->once, [&] {
+            Arrays arrays;
+            shared_->layer = std::make_unique<Layer>(spec_of(inputs, arrays));
+        });
+        Call call = call_of(inputs[image].get_shape());
         call.x = inputs[image].data();
-        call.batch = static_cast<std::ptrdiff_t>(shape[0]);
-        call.height = static_cast<std::ptrdiff_t>(shape[1]);
-        call.width = static_cast<std::ptrdiff_t>(shape[2]);
         call.y = outputs[0].data();
-        call.y_levels = {own_.y_scale, static_cast<int>(own_.y_zero), own_.y_signed != 0};
-        call.low = static_cast<int>(own_.low);
-        call.high = static_cast<int>(own_.high);
-        if (inputs.size() > residual) {
-            call.residual = inputs[residual].data();
-            const bool is_signed = inputs[residual].get_element_type() == ov::element::i8;
-            call.residual_levels = {own_.residual_scale, static_cast<int>(own_.residual_zero), is_signed};
-        }
+        if (inputs.size() > residual) call.residual = inputs[residual].data();
         call.parts = tbb::this_task_arena::max_concurrency();
         shared_->layer->run(call, on_its_threads);
         return true;
+    } catch (const std::exception& error) {
+        std::fprintf(stderr, "bitsmith::WinogradConv %s: %s\n", get_friendly_name().c_str(), error.what());
+        return false;
     }
 
 private:
-    std::unique_ptr<Layer> packed(const ov::TensorVector& inputs) const {
+    // What a layer or a run would refuse is refused when the model is read. Nothing is computed with sizes that differ.
+    void check_values(const ov::PartialShape& x, const ov::PartialShape& u) {
+        NODE_VALIDATION_CHECK(this, own_.tile == 2 || own_.tile == 4, "tile is ", own_.tile, "; must be 2 or 4");
+        NODE_VALIDATION_CHECK(this, own_.bits == 8 || own_.bits == 16, "bits is ", own_.bits, "; must be 8 or 16");
+        for (const std::int64_t value : {own_.x_zero, own_.y_zero, own_.low, own_.high, own_.residual_zero})
+            NODE_VALIDATION_CHECK(this, value >= -128 && value <= 255, "a level is ", value, "; must be in -128 .. 255");
+        const std::int64_t taps = (own_.tile + 2) * (own_.tile + 2);
+        const auto has = [&](Input i, const ov::PartialShape& shape) {
+            NODE_VALIDATION_CHECK(this, get_input_partial_shape(i).compatible(shape), "input ", static_cast<int>(i),
+                                  " is ", get_input_partial_shape(i), "; must be ", shape);
+        };
+        has(weights, {taps, u[1], u[2]});
+        has(multipliers, {taps});
+        has(scales, {taps, u[1]});
+        has(bias, {u[1]});
+        ov::TensorVector inputs(1);
+        for (const Input i : {weights, multipliers, scales, bias}) {
+            const auto constant = ov::as_type_ptr<ov::op::v0::Constant>(get_input_node_shared_ptr(i));
+            if (!constant || shared_->checked) return;
+            inputs.push_back(constant->get_tensor_view());
+        }
+        try {
+            Arrays arrays;
+            check(spec_of(inputs, arrays));
+            const bool sized = x.is_static();
+            Call call = call_of(sized ? x.to_shape() : ov::Shape{0, 3, 3, 1});
+            call.batch = 0;  // no images yet
+            if (get_input_size() > residual) call.residual = &call;  // its levels are to be checked; it is not read
+            const std::ptrdiff_t pads[] = {own_.pads[0] + own_.pads[2] - 2, own_.pads[1] + own_.pads[3] - 2};
+            check(call, call.height + pads[0], call.width + pads[1]);
+        } catch (const std::invalid_argument& error) {
+            NODE_VALIDATION_CHECK(this, false, error.what());
+        }
+        shared_->checked = true;
+    }
+
+    // `inputs` holds at least those from the weights to the bias.
+    Spec spec_of(const ov::TensorVector& inputs, Arrays& arrays) const {
         const ov::Shape& u = inputs[weights].get_shape();
+        arrays.mul = words(inputs[multipliers]);
+        if (own_.bits != 8) arrays.wide = words(inputs[weights]);
         Spec spec;
         spec.tile = static_cast<int>(own_.tile);
         spec.bits = static_cast<int>(own_.bits);
         spec.channels_in = static_cast<std::ptrdiff_t>(u[2]);
         spec.channels_out = static_cast<std::ptrdiff_t>(u[1]);
-        const std::vector<std::int16_t> mul = words(inputs[multipliers]);
-        const std::vector<std::int16_t> wide = own_.bits == 8 ? std::vector<std::int16_t>() : words(inputs[weights]);
-        spec.u = own_.bits == 8 ? inputs[weights].data() : wide.data();
-        spec.mul = mul.data();
+        spec.u = own_.bits == 8 ? inputs[weights].data() : arrays.wide.data();
+        spec.mul = arrays.mul.data();
         spec.us = inputs[scales].data<const float>();
         spec.bias = inputs[bias].data<const float>();
         spec.x_zero = static_cast<int>(own_.x_zero);
-        spec.x_signed = inputs[image].get_element_type() == ov::element::i8;
+        spec.x_signed = get_input_element_type(image) == ov::element::i8;
         spec.pad_top = static_cast<int>(own_.pads[0]);
         spec.pad_left = static_cast<int>(own_.pads[1]);
         spec.pad_bottom = static_cast<int>(own_.pads[2]);
         spec.pad_right = static_cast<int>(own_.pads[3]);
         spec.isa = available_isas().front();
-        return std::make_unique<Layer>(spec);
+        return spec;
+    }
+
+    // All but the arrays.
+    Call call_of(const ov::Shape& x) const {
+        Call call;
+        call.batch = static_cast<std::ptrdiff_t>(x[0]);
+        call.height = static_cast<std::ptrdiff_t>(x[1]);
+        call.width = static_cast<std::ptrdiff_t>(x[2]);
+        call.y_levels = {own_.y_scale, static_cast<int>(own_.y_zero), own_.y_signed != 0};
+        call.low = static_cast<int>(own_.low);
+        call.high = static_cast<int>(own_.high);
+        if (get_input_size() > residual)
+            call.residual_levels = {own_.residual_scale, static_cast<int>(own_.residual_zero),
+                                    get_input_element_type(residual) == ov::element::i8};
+        return call;
     }
 
     Attributes own_;
