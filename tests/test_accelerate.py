@@ -151,6 +151,15 @@ def test_where_nothing_is_gained_the_file_stays_as_it_was(files: Mapping[str, Pa
         assert found.ratio == 1.0
 
 
+def test_outputs_that_are_lost_are_not_written(
+    files: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bitsmith.accelerate.LEAST_DB", 99.0)
+    with pytest.raises(AccelerateError, match=r"agree with the file's to \d\d\.\d dB only, below 99 dB"):
+        accelerate(files["int8"], tmp_path / "lost.onnx", images(3, 1), target=FASTER)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("shape", [(1, 3, 1, 1), (2, 3, 2, 1), (1, 3, 3, 5)])
 @pytest.mark.parametrize("channels", [(13, 7), (1, 33)])
 def test_maps_smaller_than_a_tile_and_odd_channels(

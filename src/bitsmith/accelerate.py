@@ -32,6 +32,8 @@ SAMPLES = 8
 
 OPTIONS = ((2, 8), (4, 16))
 """(tile, bits of the taps) that need no training."""
+LEAST_DB = 3.0
+"""Below this SQNR to the file's own outputs, half of their power is noise: nothing is written."""
 
 
 class AccelerateError(ValueError):
@@ -92,7 +94,7 @@ def accelerate(
     the taps) to try, as of :class:`~bitsmith.Winograd`. ``target``: OpenVINO and its threads.
 
     Where nothing is gained the new file is the old one. Raises :class:`AccelerateError` for a file that nothing can be
-    done with, and ``TargetError`` where the kernels are missing.
+    done with or whose outputs would be lost (:data:`LEAST_DB`), and ``TargetError`` where the kernels are missing.
     """
     import onnx
     import onnx_ir as ir
@@ -128,6 +130,12 @@ def accelerate(
         if chosen and second.ms >= first.ms:
             chosen, result, ours, second = {}, model, base, first
         agreement = _agreement(target, base, ours, batches)
+        if chosen and not agreement >= LEAST_DB:
+            raise AccelerateError(
+                f"{source}: with {len(chosen)} convolutions replaced the outputs agree with the file's to "
+                f"{agreement:.1f} dB only, below {LEAST_DB:g} dB; nothing was written. Ranges come from the data: give "
+                "samples of what the network is for, or fewer options"
+            )
     path = atomic_write(out, lambda temporary: onnx.save(result, str(temporary)))
     artifact = Artifact(
         path=path,
