@@ -122,6 +122,38 @@ def test_layouts_cost_nothing(case: Any, tmp_path: Path) -> None:
     assert [node.name for node in executed(TARGET._open(artifact.path)) if node.kind == "Transpose"] == []
 
 
+class Bottleneck(nn.Module):
+    """1x1, then 3x3 and 1x1 beside what the first gave, their sum, 1x1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 32, 1), nn.Conv2d(32, 8, 1)
+        self.conv, self.widen = nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(32, 32, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        return self.last(F.relu(self.widen(F.relu(self.conv(x))) + x))
+
+
+def test_a_sum_goes_into_a_convolution_that_reads_what_a_kernel_wrote(tmp_path: Path) -> None:
+    from bitsmith.model.apply import computer_of
+    from bitsmith.quantize import quantize
+    from bitsmith.targets._openvino_graph import executed
+
+    torch.manual_seed(0)
+    data = [(torch.randn(2, 3, 20, 20), None) for _ in range(2)]
+    net = Bottleneck().eval()
+    plan = computer_of(quantize(net, data, TARGET, prepare=(), choose=False)).plan
+    found = {}
+    for name, technique in (("direct", INT8), ("native", Winograd(2))):
+        sites = {**plan.sites, "conv": technique}
+        _, artifact = exported((net, data), plan.replace(sites=sites), tmp_path / name)
+        kinds = [node.kind for node in executed(TARGET._open(artifact.path))]
+        found[name] = (kinds.count("Convolution"), kinds.count("Reference"), kinds.count("Subgraph"))
+    assert found["direct"][:2] == (4, 0)
+    assert found["native"] == (3, 1, found["direct"][2])
+
+
 def test_the_file_names_what_reads_it(case: Any, tmp_path: Path) -> None:
     _, artifact = exported(case, plan_of(case, Winograd(2)), tmp_path)
     x = case[1][0][0][:2]

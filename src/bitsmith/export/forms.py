@@ -67,9 +67,10 @@ def sums_in_convolutions(graph: ir.Graph) -> None:
     for node in list(graph):
         if node.op_type != "Add" or len(node.inputs) != 2:
             continue
-        ends = [value.producer() if value is not None else None for value in node.inputs]
+        ends = [_maker(value) for value in node.inputs]
         stored = next((end for end in ends if end is not None and end.op_type == DEQUANTIZE), None)
-        branch = next((end for end in ends if end is not None and end.op_type == "Conv"), None)
+        branches = [value.producer() if value is not None else None for value in node.inputs]
+        branch = next((end for end in branches if end is not None and end.op_type == "Conv"), None)
         if stored is None or branch is None or len(branch.outputs[0].uses()) != 1:
             continue
         if not all(_is_dequantized(value) for value in branch.inputs[:2]):
@@ -93,8 +94,17 @@ def sums_in_convolutions(graph: ir.Graph) -> None:
 
 
 def _is_dequantized(value: ir.Value | None) -> bool:
-    node = value.producer() if value is not None else None
+    node = _maker(value)
     return node is not None and node.op_type == DEQUANTIZE
+
+
+def _maker(value: ir.Value | None) -> ir.Node | None:
+    """The node that a value comes from, layouts aside: what our own kernels write is transposed behind its integers."""
+    node = value.producer() if value is not None else None
+    while node is not None and node.op_type == "Transpose":
+        value = node.inputs[0]
+        node = value.producer() if value is not None else None
+    return node
 
 
 def _quantizers(node: ir.Node) -> list[ir.Node]:
