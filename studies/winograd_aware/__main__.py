@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+import bitsmith as bs
 from bitsmith.cli.progress import TerminalProgress
 from bitsmith.progress import Progress
 from bitsmith.task import Task
@@ -17,9 +18,9 @@ from bitsmith.zoo.data import data_root
 from bitsmith.zoo.tasks import cifar_task
 from bitsmith.zoo.weights import load_npz
 
-from .._command import Study, by, spread
+from .._command import Study, spread
 from .._guided import Size, Subject
-from . import tables
+from . import tables, winas
 from .grid import (
     AFTER,
     CORRECTED,
@@ -32,32 +33,45 @@ from .grid import (
     SHIPPED,
     TILES,
     TRAINED,
+    TRAINED_SHIPPED,
     Bed,
     Cell,
+    Form,
     Settings,
 )
 from .grid import array as right_of
 
-PARTS = ("tune", "grid", "images")
-DEFAULT = ("grid",)
+PARTS = ("tune", "grid", "images", "winas")
+DEFAULT = ("grid", "winas")
 TRAINING, VALIDATION = 3000, 1000
 """Lossless images that train and calibrate, and those that only settings are chosen on."""
 
 SIZE = Size(256, 64)
 """Calibration samples that a seed draws."""
 
-STEPS, FULL_STEPS = 100, 1000
-RATES = (1e-5, 3e-5, 1e-4)
+STEPS, FULL_STEPS, TUNING_STEPS = 60, 1000, 60
+SEARCH_STEPS = 80
+RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+"""Adam's, tried from the least on, until one is worse than the one before."""
 TUNING_SEED = 100
 """Of the cells that settings are chosen with; no result has it."""
 
-RATE: Mapping[tuple[str, str], float] = {}
-"""Chosen by ``--only tune``, by form and route; others get :data:`USUAL`."""
-USUAL = 3e-5
+TUNED = ((DIRECT.name, TRAINED), *((f"F{tile} int8", route) for tile in (4, 6) for route in (TRAINED, FLEX)))
+"""Forms and routes that a rate is chosen for."""
+
+RATE: Mapping[tuple[str, str], float] = dict.fromkeys(TUNED, RATES[0])
+"""What was chosen."""
 
 
-def settings_of(form: str, route: str, steps: int, images: str = "lossless") -> Settings:
-    return Settings(steps, RATE.get((form, route), USUAL), images=images)
+def settings_of(form: Form, route: str, steps: int, images: str = "lossless") -> Settings:
+    """Float forms train as those in 8 bits do, F2 and 16-bit taps as direct int8, and transforms that stay rounded as
+    those that are trained. What has several tiles trains as its greatest."""
+    winograd = [t for t in (form.technique, *dict(form.own).values()) if isinstance(t, bs.Winograd)]
+    tiles = [t.tile for t in winograd if t.tap_bits != 16]
+    rounded = route in (FIXED, FLEX)
+    tile = max(tiles, default=2)
+    like = (DIRECT.name, TRAINED) if tile == 2 else (f"F{tile} int8", FLEX if rounded else TRAINED)
+    return Settings(steps, RATE[like], images=images)
 
 
 def untrained(bed: Bed, seeds: int) -> Iterator[Cell]:
@@ -87,13 +101,13 @@ def trained(seeds: int, steps: int, full: bool) -> Iterator[Cell]:
     """Seed by seed, so that time that runs out leaves whole seeds."""
     for seed in range(seeds):
         for form, route in trainable(full):
-            yield Cell(FORMS[form], route, seed, settings_of(form, route, steps))
+            yield Cell(FORMS[form], route, seed, settings_of(FORMS[form], route, steps))
 
 
 def on_jpeg(seeds: int, steps: int) -> Iterator[Cell]:
     for seed in range(seeds):
         for form, route in ((DIRECT.name, TRAINED), ("F4 int8", TRAINED), ("F4 int8", FLEX)):
-            yield Cell(FORMS[form], route, seed, settings_of(form, route, steps, "jpeg"))
+            yield Cell(FORMS[form], route, seed, settings_of(FORMS[form], route, steps, "jpeg"))
 
 
 def run(
@@ -124,22 +138,31 @@ def run(
 
 def tune(study: Study, bed: Bed, progress: Progress) -> None:
     """Adam's rate for each form and route, by the divergence on held-out training images."""
-    steps = study.options.steps
-    cells = [
-        Cell(FORMS[form], route, TUNING_SEED, Settings(steps, rate))
-        for form, route in trainable(full=False)
-        for rate in RATES
-    ]
-    after = [Cell(FORMS[name], AFTER, TUNING_SEED) for name in dict.fromkeys(form for form, _ in trainable(False))]
-    run(study, bed, [*after, *cells], "validation", progress, "tune")
-    mine = [row for row in study.rows if row["part"] == "tune"]
-    lines = []
-    for (form, route), rows in by(mine, "form", "route").items():
-        by_rate = {row.get("rate"): f"{1e3 * row['kl']:.2f} ({row['top1']:.1%})" for row in rows}
-        lines.append([form, route, *(by_rate.get(rate, "-") for rate in (None, *RATES))])
+    steps, lines = min(study.options.steps, TUNING_STEPS), []
+    for form, route in TUNED:
+        untouched = ROUNDED if route == FLEX else AFTER
+        said = run(study, bed, [Cell(FORMS[form], untouched, TUNING_SEED)], "validation", progress, "tune")
+        for rate in RATES:
+            got = run(
+                study,
+                bed,
+                [Cell(FORMS[form], route, TUNING_SEED, Settings(steps, rate))],
+                "validation",
+                progress,
+                "tune",
+            )
+            said += got
+            if not got or (len(said) > 2 and divergence_of(said[-1]) > divergence_of(said[-2])):
+                break
+        shown = [f"{1e3 * divergence_of(one):.2f} ({right_of(one[1]['right']).mean():.1%})" for one in said]
+        lines.append([form, route, *shown, *["-"] * (1 + len(RATES) - len(shown))])
     heads = ["3x3 convolutions", "route", "not trained", *(f"{rate:g}" for rate in RATES)]
     title = f"KL to float in 1e-3 nats (top-1), {steps} steps at these rates, {VALIDATION} held-out training images"
     tables.table(title, heads, lines)
+
+
+def divergence_of(one: tuple[Cell, Mapping[str, Any]]) -> float:
+    return float(np.mean(one[1]["kl"]))
 
 
 def grid(study: Study, bed: Bed, progress: Progress) -> None:
@@ -167,7 +190,7 @@ def images(study: Study, bed: Bed, progress: Progress) -> None:
     """The same trainings on the lossless images and on the JPEG ones."""
     options = study.options
     jpeg = list(on_jpeg(options.seeds, options.steps))
-    lossless = [Cell(c.form, c.route, c.seed, settings_of(c.form.name, c.route, options.steps)) for c in jpeg]
+    lossless = [Cell(c.form, c.route, c.seed, settings_of(c.form, c.route, options.steps)) for c in jpeg]
     found = {
         kind: tables.gathered(run(study, bed, cells, "test", progress, f"images, {kind}"))
         for kind, cells in (("lossless", lossless), ("JPEG", jpeg))
@@ -180,6 +203,21 @@ def images(study: Study, bed: Bed, progress: Progress) -> None:
         lines.append([*key, str(len(mine.seeds)), *top1, better])
     heads = ["3x3 convolutions", "route", "seeds", "lossless, top-1 %", "JPEG, top-1 %", "JPEG - lossless"]
     tables.table(f"trained on {TRAINING} lossless or 50000 JPEG images (reduced), {options.steps} steps", heads, lines)
+
+
+def choices(study: Study, bed: Bed, progress: Progress) -> None:
+    """wiNAS against one choice everywhere, trained alike. A plan that two seeds find is timed once."""
+    options = study.options
+    winas.site_table(bed)
+    weights = winas.FULL_WEIGHTS if options.full else (winas.WEIGHT,)
+    search = Settings(options.search_steps, RATES[0])
+    cells, forms = [], [FORMS[name] for name in winas.UNIFORM]
+    for seed in range(options.seeds):
+        mine = [winas.learned(study, bed, weight, seed, search, progress) for weight in weights]
+        forms += [form for form in mine if form is not None and form not in forms]
+        for form in (*forms[: len(winas.UNIFORM)], *(form for form in mine if form is not None)):
+            cells.append(Cell(form, TRAINED_SHIPPED, seed, settings_of(form, TRAINED, options.steps)))
+    winas.compare(study, bed, forms, run(study, bed, cells, "test", progress, "winas"))
 
 
 def task_of(root: Path) -> Task:
@@ -200,7 +238,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         seeds=3,
         full=f"every part, {FULL_STEPS} steps, float trainings too, no limit of time: hours",
         store="winograd_aware",
-        more={"steps": (int, None, f"of each training ({STEPS}; {FULL_STEPS} with --full)")},
+        more={
+            "steps": (int, None, f"of each training ({STEPS}; {FULL_STEPS} with --full)"),
+            "search_steps": (int, SEARCH_STEPS, f"of each search of wiNAS ({SEARCH_STEPS})"),
+        },
     )
     options = study.options
     options.steps = options.steps or (FULL_STEPS if options.full else STEPS)
@@ -211,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     bed = Bed(subject, root)
     chosen = options.only or (PARTS if options.full else DEFAULT)
     with TerminalProgress() as progress:
-        for name, part in (("tune", tune), ("grid", grid), ("images", images)):
+        for name, part in (("tune", tune), ("grid", grid), ("images", images), ("winas", choices)):
             if name in chosen:
                 study.part(1.0 / len(chosen))
                 part(study, bed, progress)

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch.nn.functional as F
 from benchmarks.logit_peers import float_logits
 from benchmarks.paired import divergence
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 import bitsmith as bs
 from bitsmith._hash import hash_files
 from bitsmith.data import first_inputs
+from bitsmith.learn.finetune import divergence as batch_divergence
 from bitsmith.model.network import duplicate, network
 from bitsmith.progress import Progress
 from bitsmith.sampling import RandomAccess
@@ -30,14 +30,15 @@ from .images import Augmented, jpeg_training
 Array = NDArray[Any]
 BATCH = 32
 """Samples of a training step."""
+TEMPERATURE = 4.0
 
 AFTER, CORRECTED, SHIPPED = "post-training", "post-training, bias corrected", "post-training, as shipped"
 ROUNDED = "post-training, rounded transforms"
 TRAINED, FIXED, FLEX = "trained", "trained, rounded transforms", "trained, flex"
-"""The routes. Shipped: as OpenVINO runs it, with integer additions and pooling; bias corrected too. Rounded: the three
-transforms in as many bits as the taps, the paper's static; everywhere else they are exact, but for :data:`FLEX`, where
-they are rounded and trained."""
-
+TRAINED_SHIPPED = "trained, as shipped"
+"""The routes. Shipped: as OpenVINO runs it, with integer additions and pooling; not trained, bias corrected too.
+Rounded: the three transforms in as many bits as the taps, the paper's static; everywhere else they are exact, but for
+:data:`FLEX`, where they are rounded and trained."""
 
 MATRICES = ("at", "bt", "g")
 """The trained transforms' names in their cells."""
@@ -46,11 +47,12 @@ MATRICES = ("at", "bt", "g")
 @dataclass(frozen=True)
 class Form:
     """``technique``: of the 3x3 convolutions of stride 1 but the first; ``rest``: of the other convolutions and linear
-    layers. None: float."""
+    layers. None: float. ``own``: techniques of single sites instead."""
 
     name: str
     technique: Technique | None
     rest: Technique | None = None
+    own: tuple[tuple[str, Technique], ...] = ()
 
     @property
     def winograd(self) -> bs.Winograd | None:
@@ -94,12 +96,10 @@ SECONDS: Mapping[str, tuple[float, float]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """Of a training. ``rate``: Adam's first; ``labels``: the classes' cross-entropy beside the float network's
-    divergence; ``images``: "lossless", or "jpeg" for the 50,000 lossy ones."""
+    """Of a training. ``rate``: Adam's first; ``images``: "lossless", or "jpeg" for the 50,000 lossy ones."""
 
     steps: int
     rate: float
-    labels: bool = False
     images: str = "lossless"
 
 
@@ -114,14 +114,21 @@ class Cell:
 
     @property
     def name(self) -> str:
-        how = "" if self.settings is None else f", {self.settings.steps} steps, {self.settings.images}"
+        settings = self.settings
+        how = "" if settings is None else f", {settings.steps} steps at {settings.rate:g}, {settings.images}"
         return f"{self.form.name}, {self.route}{how}, seed {self.seed}"
 
     @property
     def seconds(self) -> float:
         """About what it takes."""
-        once, step = SECONDS[self.form.name]
+        once, step = SECONDS.get(self.form.name, SECONDS["F2 int8"])
         return once + step * (0 if self.settings is None else self.settings.steps)
+
+
+def softened(output: Tensor, reference: Tensor) -> Tensor:
+    """What training minimizes: the divergence from the float network at :data:`TEMPERATURE` (Hinton et al. 2015,
+    arXiv:1503.02531). On images that it was trained on the network is too sure for a temperature of 1 to tell much."""
+    return TEMPERATURE**2 * batch_divergence(output / TEMPERATURE, reference / TEMPERATURE)
 
 
 class Bed:
@@ -150,8 +157,15 @@ class Bed:
         """What a cell's record depends on."""
         settings = None if cell.settings is None else dataclasses.asdict(cell.settings)
         form = {"technique": repr(cell.form.technique), "rest": repr(cell.form.rest)}
+        form |= {"own": repr(cell.form.own)} if cell.form.own else {}
         return self.subject.key(
-            **form, route=cell.route, seed=cell.seed, settings=settings, split=split, batch=BATCH, library=self.code
+            **form,
+            route=cell.route,
+            seed=cell.seed,
+            settings=settings,
+            split=split,
+            batch=[BATCH, TEMPERATURE],
+            library=self.code,
         )
 
     @cached_property
@@ -165,9 +179,9 @@ class Bed:
             self.pools[images] = jpeg_training(self.root, BATCH)
         return self.pools[images]
 
-    def plan(self, form: Form, prepare: Sequence[Any] = ()) -> bs.Plan:
-        sites = dict.fromkeys(self.others, form.rest) | dict.fromkeys(self.fitting, form.technique)
-        return bs.Plan({name: technique for name, technique in sites.items() if technique is not None}, tuple(prepare))
+    def plan(self, form: Form) -> bs.Plan:
+        sites = dict.fromkeys(self.others, form.rest) | dict.fromkeys(self.fitting, form.technique) | dict(form.own)
+        return bs.Plan({name: technique for name, technique in sites.items() if technique is not None})
 
     def refused(self, form: Form) -> str:
         """Why OpenVINO does not run the form; "" if it does."""
@@ -180,15 +194,14 @@ class Bed:
         """Everything that OpenVINO has 8-bit kernels for, and the form's own at its sites."""
         supported = [name for name, site in self.sites.items() if INT8.fits(site) and TARGET.supports(INT8, site)]
         own = dict.fromkeys(supported, INT8) | dict(self.plan(form).sites)
-        return TARGET.adapt(bs.Plan(own), self.net.record).replace(prepare=(bs.CorrectBias(),))
+        return TARGET.adapt(bs.Plan(own), self.net.record)
 
     def network(self, cell: Cell, progress: Progress | None = None) -> nn.Module:
         """The network of a cell; raises what its training raises."""
         form, drawn = cell.form.by(cell.route), self.subject.drawn(cell.seed)
-        if cell.route == SHIPPED:
-            plan = self.shipped(form)
-        else:
-            plan = self.plan(form, (bs.CorrectBias(),) if cell.route == CORRECTED else ())
+        plan = self.shipped(form) if cell.route in (SHIPPED, TRAINED_SHIPPED) else self.plan(form)
+        if cell.route in (SHIPPED, CORRECTED):
+            plan = plan.replace(prepare=(bs.CorrectBias(),))
         net = bs.apply(self.subject.model, plan, drawn.calibration) if plan.sites else self.subject.model
         settings = cell.settings
         if settings is None:
@@ -200,9 +213,9 @@ class Bed:
         return bs.finetune(
             net,
             Augmented(self.pool(settings.images), BATCH),
-            F.cross_entropy if settings.labels else None,
             steps=settings.steps,
             teacher=self.subject.model,
+            distance=softened,
             lr=settings.rate,
             seed=cell.seed,
             progress=progress,

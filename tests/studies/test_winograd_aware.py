@@ -49,6 +49,15 @@ def bed():
         yield grid.Bed(guided.Subject("small", smallnet.small(), task(), guided.Size(32, 16), store))
 
 
+def small_study(monkeypatch, folder):
+    for module in (command, guided):
+        monkeypatch.setattr(module, "RESULTS", folder)
+    monkeypatch.setattr(study, "data_root", lambda: folder)
+    monkeypatch.setattr(study, "network", lambda root: smallnet.small())
+    monkeypatch.setattr(study, "task_of", lambda root: task())
+    monkeypatch.setattr(study, "SIZE", guided.Size(32, 16))
+
+
 def cell(form, route=None, steps=0, seed=0):
     settings = grid.Settings(steps, 1e-4) if steps else None
     return grid.Cell(grid.FORMS[form], route or grid.AFTER, seed, settings)
@@ -76,7 +85,6 @@ def test_only_what_has_kernels_is_shipped(bed):
     assert ("F6 int8", grid.SHIPPED) not in routes
     plan = bed.shipped(grid.DIRECT)
     assert len(plan.sites) > 4
-    assert plan.prepare == (bs.CorrectBias(),)
 
 
 def test_float_winograd_is_float_and_integers_are_not(bed):
@@ -170,13 +178,8 @@ def test_the_bar_can_be_missed():
 
 
 def test_the_whole_study_is_resumed(monkeypatch, tmp_path, capsys):
-    for module in (command, guided):
-        monkeypatch.setattr(module, "RESULTS", tmp_path)
-    monkeypatch.setattr(study, "data_root", lambda: tmp_path)
-    monkeypatch.setattr(study, "network", lambda root: smallnet.small())
-    monkeypatch.setattr(study, "task_of", lambda root: task())
-    monkeypatch.setattr(study, "SIZE", guided.Size(32, 16))
-    monkeypatch.setattr(study, "RATES", (1e-5,))
+    small_study(monkeypatch, tmp_path)
+    monkeypatch.setattr(study, "RATES", (1e-5, 1e-4))
     arguments = ["--seeds", "1", "--steps", "1", "--only", "tune", "--only", "grid"]
     study.main(arguments)
     text = capsys.readouterr().out
@@ -195,11 +198,33 @@ def test_the_whole_study_is_resumed(monkeypatch, tmp_path, capsys):
     assert not {row["seed"] for row in first["rows"] if row["part"] == "grid"} & {study.TUNING_SEED}
 
 
+def test_choices_are_held_against_one_everywhere(bed, monkeypatch, tmp_path, capsys):
+    if bed.refused(grid.FORMS["F2 int8"]):
+        pytest.skip("bitsmith-kernels is not installed")
+    small_study(monkeypatch, tmp_path)
+    monkeypatch.setattr(study.winas, "ROUNDS", 5)
+    arguments = ["--only", "winas", "--seeds", "1", "--steps", "1", "--search_steps", "2"]
+    study.main(arguments)
+    text = capsys.readouterr().out
+    rows = json.loads((tmp_path / "winograd_aware.json").read_text())["rows"]
+    (search,) = (row for row in rows if row["part"] == "winas search")
+    assert sum(search["sites"].values()) == len(bed.fitting)
+    times = {row["form"]: row["ms"] for row in rows if row["part"] == "winas times"}
+    assert set(times) == {*study.winas.UNIFORM, f"wiNAS, weight {study.winas.WEIGHT:g}"}
+    assert min(times.values()) > 0
+    assert "F6" not in text.partition("what ships")[2]
+    study.main(arguments)
+    assert json.loads((tmp_path / "winograd_aware.json").read_text())["rows"] == rows
+
+
+def test_what_is_taught_is_the_teachers_output():
+    teacher, loader = smallnet.small(), task().validation
+    for (inputs, target), (plain, _) in zip(study.winas.Taught(loader, teacher), loader, strict=True):
+        assert torch.equal(inputs, plain)
+        assert torch.equal(target, teacher(inputs))
+
+
 def test_time_that_is_over_leaves_cells_out(monkeypatch, tmp_path, capsys):
-    for module in (command, guided):
-        monkeypatch.setattr(module, "RESULTS", tmp_path)
-    monkeypatch.setattr(study, "data_root", lambda: tmp_path)
-    monkeypatch.setattr(study, "network", lambda root: smallnet.small())
-    monkeypatch.setattr(study, "task_of", lambda root: task())
+    small_study(monkeypatch, tmp_path)
     study.main(["--minutes", "-1"])
     assert "left out: grid, direct fp32, post-training, seed 0" in capsys.readouterr().out

@@ -1,0 +1,135 @@
+"""wiNAS against one choice everywhere: accuracy of what ships, trained alike, and its measured time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from benchmarks.harness import table
+from torch import Tensor, nn
+
+import bitsmith as bs
+from bitsmith.plan import Plan
+from bitsmith.progress import Progress
+from bitsmith.task import evaluating
+from bitsmith.technique import Technique
+
+from .. import _guided
+from .._command import Study, spread
+from . import tables
+from .grid import BATCH, FORMS, INT8, TARGET, TRAINED_SHIPPED, Bed, Cell, Form, Settings, softened
+from .images import Augmented
+
+UNIFORM = ("direct int8", "F2 int8", "F4 int8", "F4 16-bit taps")
+"""What has native kernels, so a time that can be measured: F6 and flex have none and are left out."""
+
+WEIGHT, FULL_WEIGHTS = 0.3, (0.1, 0.3, 1.0)
+"""Of latency in the search's loss, in nats for the time of direct int8 everywhere."""
+LOGIT_RATE = 0.05
+ROUNDS = 200
+"""In which files are timed, interleaved."""
+
+
+class Taught:
+    """A loader whose targets are what the teacher says of its inputs."""
+
+    def __init__(self, loader: Iterable[tuple[Tensor, Any]], teacher: nn.Module) -> None:
+        self.loader, self.teacher = loader, teacher
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        with evaluating(self.teacher):
+            yield from ((inputs, self.teacher(inputs)) for inputs, _ in self.loader)
+
+
+def techniques() -> dict[str, Technique]:
+    return {name: technique for name in UNIFORM if (technique := FORMS[name].technique) is not None}
+
+
+def times_of_sites(bed: Bed) -> dict[tuple[str, Technique], float]:
+    """Measured ms by site and technique, of the sites that are decided."""
+    table_of = _guided.costs(bed.subject, TARGET, tuple(techniques().values()))
+    wanted = set(techniques().values())
+    return {
+        (row.site, row.technique): row.ms
+        for row in table_of.rows
+        if not row.refused and row.site in bed.fitting and row.technique in wanted
+    }
+
+
+def searched(bed: Bed, weight: float, seed: int, settings: Settings, progress: Progress) -> dict[str, Any]:
+    """The plan of one search on training images; its choices are judged on the held-out ones."""
+    latency = times_of_sites(bed)
+    model, drawn = bed.subject.model, bed.subject.drawn(seed)
+    found = bs.differentiable_search(
+        model,
+        list(techniques().values()),
+        Taught(Augmented(bed.pool(settings.images), BATCH), model),
+        Taught(Augmented(bed.subject.task.validation, BATCH), model),
+        latency,
+        softened,
+        steps=settings.steps,
+        latency_weight=weight,
+        lr=settings.rate,
+        logit_lr=LOGIT_RATE,
+        calibration=drawn.calibration,
+        seed=seed,
+        progress=progress,
+    )
+    least = min(max(row.values()) for row in found.probabilities.values())
+    plan = found.plan.to_json()
+    return {"plan": plan, "ms": found.ms, "reference ms": found.reference_ms, "least certain": least}
+
+
+def learned(study: Study, bed: Bed, weight: float, seed: int, settings: Settings, progress: Progress) -> Form | None:
+    """What one search chose, as a form; None once the time is over."""
+    key = {"weight": weight, "seed": seed, "steps": settings.steps, "rate": [settings.rate, LOGIT_RATE], "batch": BATCH}
+    key |= {"latency": sorted([site, repr(t), ms] for (site, t), ms in times_of_sites(bed).items())}
+    key = bed.subject.key(search=key, library=_guided.library("learn", "techniques"))
+    label = f"wiNAS, latency weight {weight:g}, seed {seed}"
+    found = study.row("winas", key, label, lambda: searched(bed, weight, seed, settings, progress))
+    if found is None:
+        return None
+    plan = Plan.from_json(found["plan"])
+    counts = {name: sum(t == technique for t in plan.sites.values()) for name, technique in techniques().items()}
+    row = {"part": "winas search", "weight": weight, "seed": seed, "sites": counts, "table ms": found["ms"]}
+    study.rows.append({**row, "direct table ms": found["reference ms"], "least certain": found["least certain"]})
+    print(f"{label}: {counts}, least certain site {found['least certain']:.2f}")
+    return Form(f"wiNAS, weight {weight:g}", INT8, INT8, tuple(sorted(plan.sites.items())))
+
+
+def site_table(bed: Bed) -> None:
+    found = times_of_sites(bed)
+    lines = []
+    for site in bed.fitting:
+        shape = bed.sites[site].operands[0].shape
+        ms = [found.get((site, technique)) for technique in techniques().values()]
+        lines.append([site, f"{shape[1]}@{shape[2]}", *("-" if one is None else f"{1e3 * one:.1f}" for one in ms)])
+    table("measured time of each site in OpenVINO, batch 1, 1 thread, us", ["site", "map", *techniques()], lines)
+
+
+def timed(bed: Bed, forms: Sequence[Form]) -> list[bs.targets.Timing]:
+    """Of the files, interleaved in one run; the first is the float network's."""
+    print(f"timing; load {', '.join(f'{value:.1f}' for value in os.getloadavg())}", flush=True)
+    return bed.subject.bench(TARGET).times([Plan(), *map(bed.shipped, forms)], ROUNDS)
+
+
+def compare(study: Study, bed: Bed, forms: Sequence[Form], cells: Sequence[tuple[Cell, dict[str, Any]]]) -> None:
+    """Accuracy and time of each form; ``forms`` are those whose files are timed."""
+    timings = timed(bed, forms)
+    results = tables.gathered(cells)
+    plain, direct = timings[0], timings[1]
+    of = dict(zip(forms, timings[1:], strict=True))
+    lines = [["direct fp32", "-", "-", "-", f"{plain.ms:.3f} ± {plain.spread:.3f}", f"{direct.ms / plain.ms:.2f}"]]
+    for name in dict.fromkeys(form.name for form in forms):
+        mine = [timing for form, timing in of.items() if form.name == name]
+        found, rival = results.get((name, TRAINED_SHIPPED)), results.get((UNIFORM[0], TRAINED_SHIPPED))
+        over = "-" if found is None or rival is None or name == UNIFORM[0] else tables.said(tables.gained(found, rival))
+        top1 = "-" if found is None else spread(found.right.mean(1), percent=True)
+        kl = "-" if found is None else spread(1e3 * found.kl.mean(1))
+        ms = ", ".join(f"{one.ms:.3f} ± {one.spread:.3f}" for one in mine)
+        faster = ", ".join(f"{direct.ms / one.ms:.2f}" for one in mine)
+        lines.append([name, top1, over, kl, ms, faster])
+        study.rows += [{"part": "winas times", "form": name, "ms": t.ms, "spread": t.spread} for t in mine]
+    heads = ["3x3 convolutions", "top-1 %", "points over direct int8", "KL, 1e-3 nats", "ms, measured"]
+    table(f"what ships (reduced), batch 1, 1 thread, {ROUNDS} rounds", [*heads, "x direct int8"], lines)
