@@ -41,7 +41,8 @@ from .grid import (
 )
 from .grid import array as right_of
 
-PARTS = ("tune", "grid", "images", "winas")
+SHARES = {"tune": 0.5, "grid": 0.65, "images": 0.5, "winas": 0.35}
+"""Of the time, by part."""
 DEFAULT = ("grid", "winas")
 TRAINING, VALIDATION = 3000, 1000
 """Lossless images that train and calibrate, and those that only settings are chosen on."""
@@ -59,7 +60,7 @@ TUNING_SEED = 100
 TUNED = ((DIRECT.name, TRAINED), *((f"F{tile} int8", route) for tile in (4, 6) for route in (TRAINED, FLEX)))
 """Forms and routes that a rate is chosen for."""
 
-RATE: Mapping[tuple[str, str], float] = dict.fromkeys(TUNED, RATES[0])
+RATE: Mapping[tuple[str, str], float] = dict(zip(TUNED, (1e-5, 1e-4, 3e-5, 3e-5, 3e-4), strict=True))
 """What was chosen."""
 
 
@@ -116,14 +117,15 @@ def run(
     """The cells' records, from the store or made; a row of the results for each."""
     missing = [cell for cell in cells if study.store.get("winograd aware", bed.key(cell, split)) is None]
     minutes = sum(cell.seconds for cell in missing) / 60.0
-    print(f"{what}: {len(cells)} networks, {len(missing)} to be made, about {minutes:.0f} minutes on a quiet core")
-    progress.start(f"{what}, networks", len(missing))
+    if len(cells) > 1:
+        print(f"{what}: {len(cells)} networks, {len(missing)} to be made, about {minutes:.0f} minutes on a quiet core")
+        progress.start(f"{what}, networks", len(missing))
     found = []
     for cell in cells:
         known = cell not in missing
         label = f"{what}, {cell.name}"
         record = study.row("winograd aware", bed.key(cell, split), label, lambda cell=cell: bed.record(cell, split))
-        if not known:
+        if not known and len(cells) > 1:
             progress.advance()
         if record is None:
             continue
@@ -139,6 +141,9 @@ def run(
 def tune(study: Study, bed: Bed, progress: Progress) -> None:
     """Adam's rate for each form and route, by the divergence on held-out training images."""
     steps, lines = min(study.options.steps, TUNING_STEPS), []
+    most = len(TUNED) * len(RATES)
+    minutes = most * steps * 0.35 / 60
+    print(f"tune: at most {most} networks, {minutes / 2:.0f} to {minutes:.0f} minutes on a quiet core")
     for form, route in TUNED:
         untouched = ROUNDED if route == FLEX else AFTER
         said = run(study, bed, [Cell(FORMS[form], untouched, TUNING_SEED)], "validation", progress, "tune")
@@ -234,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         __doc__ or "",
         25.0,
         argv,
-        parts=PARTS,
+        parts=tuple(SHARES),
         seeds=3,
         full=f"every part, {FULL_STEPS} steps, float trainings too, no limit of time: hours",
         store="winograd_aware",
@@ -250,11 +255,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit("the data folder is missing: set BITSMITH_DATA")
     subject = Subject("resnet20", network(root), task_of(root), SIZE, study.store)
     bed = Bed(subject, root)
-    chosen = options.only or (PARTS if options.full else DEFAULT)
+    chosen = options.only or (tuple(SHARES) if options.full else DEFAULT)
     with TerminalProgress() as progress:
         for name, part in (("tune", tune), ("grid", grid), ("images", images), ("winas", choices)):
             if name in chosen:
-                study.part(1.0 / len(chosen))
+                study.part(SHARES[name] / sum(SHARES[one] for one in chosen))
                 part(study, bed, progress)
     study.finish()
 
