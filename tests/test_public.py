@@ -161,6 +161,12 @@ def fingerprint_values(net: nn.Module) -> dict[str, Any]:
     return {key: value for key, value in fingerprint(net).items() if "_interceptor" not in key}
 
 
+def chosen(model: nn.Module, folder: Path) -> Any:
+    times = {("inner.left", technique): 1.0 for technique in (bs.Float(), INT)}
+    train, loss = batches(2, seed=2), torch.nn.functional.cross_entropy
+    return bs.differentiable_search(model, [bs.Float(), INT], train, batches(2, seed=3), times, loss, steps=2)
+
+
 VERBS: dict[str, Callable[[nn.Module, Path], Any]] = {
     "sites": lambda model, folder: bs.sites(model, batches(1)[0][0], inside=True),
     "apply": lambda model, folder: bs.apply(model, PLAN, batches(2)),
@@ -171,6 +177,7 @@ VERBS: dict[str, Callable[[nn.Module, Path], Any]] = {
     "export": lambda model, folder: bs.export(
         model, bs.targets.OnnxRuntime(threads=1), folder / "float.onnx", batches(1)[0][0]
     ),
+    "differentiable_search": chosen,
     "optimize": lambda model, folder: bs.optimize(model, task(), TARGET, bs.Budget(drop=0.2), folder=folder),
 }
 

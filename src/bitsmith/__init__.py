@@ -25,6 +25,9 @@ from .deploy import export as export
 from .evaluate import evaluator as evaluator
 from .export.program import ExportError as ExportError
 from .gradual import Certainty as Certainty
+from .learn.choice import LearnedPlan as LearnedPlan
+from .learn.choice import LearnedStep as LearnedStep
+from .learn.choice import differentiable_search as differentiable_search
 from .learn.finetune import TrainingError as TrainingError
 from .learn.finetune import finetune as finetune
 from .model.apply import apply as apply
@@ -109,6 +112,8 @@ __all__ = [
     "Gptq",
     "Int",
     "InterceptionError",
+    "LearnedPlan",
+    "LearnedStep",
     "ModelRunError",
     "No",
     "Optimized",
@@ -139,6 +144,7 @@ __all__ = [
     "apply",
     "choose_ranges",
     "default_steps",
+    "differentiable_search",
     "evaluator",
     "export",
     "finetune",

@@ -1,0 +1,1 @@
+from .choice import differentiable_search as differentiable_search

@@ -84,21 +84,21 @@ def finetune(
     parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
     if not parameters:
         raise TrainingError("finetune: no parameter of the network requires a gradient")
-    cells = _cells(trained)
+    cells = active_cells(trained)
     if optimizer is None:
         chosen: torch.optim.Optimizer = torch.optim.Adam(parameters, lr)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(chosen, steps)
     else:
         chosen, schedule = optimizer(parameters), None
-    _set_mode(trained, freeze_norms)
+    training_mode(trained, freeze_norms)
     progress.start("fine-tuning", steps)
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(seed)
-        for done, (inputs, target) in zip(range(steps), _endless(loader), strict=False):
+        for done, (inputs, target) in zip(range(steps), endless(loader), strict=False):
             for cell in cells:
                 cell.step(done, steps)
             output = call(trained, inputs, forward)
-            total = _total(output, target, loss, cells, device_of(trained))
+            total = objective(output, target, loss, cells, device_of(trained))
             if reference is not None:
                 with torch.no_grad():
                     wanted = call(reference, inputs, forward)
@@ -115,18 +115,19 @@ def finetune(
                 schedule.step()
             progress.advance()
     chosen.zero_grad()
-    _settle(trained)
+    settle(trained)
     return trained.train(net.training)
 
 
-def _cells(net: nn.Module) -> list[Cell]:
+def active_cells(net: nn.Module) -> list[Cell]:
+    """The cells of an applied network; none of another."""
     if not is_applied(net):
         return []
     return [cell for cell in additions_of(net).cells.values() if isinstance(cell, Cell)]
 
 
-def _total(output: Any, target: Any, loss: Loss | None, cells: list[Cell], device: torch.device | None) -> Tensor:
-    """Loss and penalties; 0 without either."""
+def objective(output: Any, target: Any, loss: Loss | None, cells: list[Cell], device: torch.device | None) -> Tensor:
+    """The loss and the penalties of the cells; 0 without either."""
     total = torch.zeros((), device=device) if loss is None else loss(output, to_device(target, device))
     for cell in cells:
         penalty = cell.penalty()
@@ -135,19 +136,22 @@ def _total(output: Any, target: Any, loss: Loss | None, cells: list[Cell], devic
     return total
 
 
-def _set_mode(net: nn.Module, freeze_norms: bool) -> None:
+def training_mode(net: nn.Module, freeze_norms: bool) -> None:
+    """Set a network to train, its batch normalisations to eval if they are frozen."""
     net.train()
     for module in net.modules():
         if freeze_norms and isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
             module.eval()
 
 
-def _endless(loader: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+def endless(loader: Iterable[Any], role: str = "training") -> Iterator[tuple[Any, Any]]:
+    """The loader's items, from its start again at its end."""
     while True:
-        yield from items(loader, "training")
+        yield from items(loader, role)
 
 
-def _settle(net: nn.Module) -> None:
+def settle(net: nn.Module) -> None:
+    """Put the techniques that the cells settle on into the plan of an applied network."""
     if not is_applied(net):
         return
     computer = computer_of(net)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ class Additions(nn.Module):
         return x
 
 
-class _AsItWas(nn.Module):
+class AsItWas(nn.Module):
     """Holds the place of a site that the plan does not name, so that an exported node can be traced to it."""
 
     def forward(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -230,18 +230,26 @@ def build(
         additions.tensors[tensor_key(tensor, fmt)] = quantizer(record, tensor, fmt)
     for site in record.sites.values():
         technique = plan.get(site.name)
-        cell: nn.Module = technique.build(site, record, generator) if technique is not None else _AsItWas()
+        cell: nn.Module = technique.build(site, record, generator) if technique is not None else AsItWas()
         additions.cells[encode_key(site.name)] = cell
+    for name in plan.sites:
+        attach(additions.cells[encode_key(name)], record.sites[name], placement, additions, replica)
+    instrument(replica, wired(net, plan, additions, placement, replica), net.modules)
+    replica.add_module(CHILD, additions.train(replica.training))
+    freeze_unread(replica, record, {name: [additions.cells[encode_key(name)]] for name in record.sites})
+    return replica
+
+
+def wired(net: Network, plan: Plan, additions: Additions, placement: Placement, replica: nn.Module) -> _Computer:
+    """What computes the plan with the cells, attached already, and the quantizers that ``additions`` holds."""
     computer = _Computer(net, plan, additions, placement)
     for name in plan.sites:
-        planned = additions.cells[encode_key(name)]
-        if isinstance(planned, Cell):
-            _attach(planned, record.sites[name], placement, additions, replica, computer)
+        site = net.record.sites[name]
+        norm = absorbed(additions.cells[encode_key(name)], site, replica)
+        if norm is not None and site.fold is not None:
+            computer.fold(site.fold.site, norm)
     computer.resets = (*_share(placement, additions), *_forgetful(additions))
-    instrument(replica, computer, net.modules)
-    replica.add_module(CHILD, additions.train(replica.training))
-    _freeze_unread(replica, record, additions)
-    return replica
+    return computer
 
 
 def quantizer(record: Record, tensor: str, fmt: Format) -> Quantizer:
@@ -296,9 +304,10 @@ def materialised(net: nn.Module, run: Callable[[nn.Module], Any]) -> nn.Module:
     return replica
 
 
-def _attach(
-    cell: Cell, site: Site, placement: Placement, additions: Additions, replica: nn.Module, computer: _Computer
-) -> None:
+def attach(cell: nn.Module, site: Site, placement: Placement, additions: Additions, replica: nn.Module) -> None:
+    """Hand over to a cell the quantizers of what it reads, and the normalisation that it absorbs."""
+    if not isinstance(cell, Cell):
+        return
     quantizers: list[Quantizer | None] = []
     at_read: list[bool] = []
     for index in range(len(site.operands)):
@@ -307,12 +316,15 @@ def _attach(
         assert found is None or isinstance(found, Quantizer)
         quantizers.append(found)
         at_read.append(reader)
-    norm: tuple[nn.Module, ...] = ()
-    if site.fold is not None and cell.folds:
-        module = replica.get_submodule(site.fold.module)
-        norm = (module,)
-        computer.fold(site.fold.site, module)
-    cell.attach(tuple(quantizers), tuple(at_read), norm)
+    norm = absorbed(cell, site, replica)
+    cell.attach(tuple(quantizers), tuple(at_read), () if norm is None else (norm,))
+
+
+def absorbed(cell: nn.Module, site: Site, replica: nn.Module) -> nn.Module | None:
+    """The normalisation behind the site that the cell computes in eval, None if it leaves it alone."""
+    if not isinstance(cell, Cell) or site.fold is None or not cell.folds:
+        return None
+    return replica.get_submodule(site.fold.module)
 
 
 def _share(placement: Placement, additions: Additions) -> list[Quantizer]:
@@ -343,16 +355,19 @@ def prepared(net: Network, plan: Plan, calibration: Any) -> Network:
     return net
 
 
-def _freeze_unread(replica: nn.Module, record: Record, additions: Additions) -> None:
-    """Parameters that no cell reads do not train: weight decay and DistributedDataParallel must not see them."""
+def freeze_unread(replica: nn.Module, record: Record, cells: Mapping[str, Sequence[nn.Module]]) -> None:
+    """Parameters that no cell reads do not train: weight decay and DistributedDataParallel must not see them.
+
+    ``cells``: by site, those that may compute it.
+    """
     read: set[str] = set()
     unread: set[str] = set()
     for site in record.sites.values():
-        cell = additions.cells[encode_key(site.name)]
-        # a cell that does not say otherwise reads all the arguments of its operation
-        needs = cell.needs if isinstance(cell, Cell) and cell.needs is not Cell.needs else None
-        for argument, keys in (*((o.argument, o.parameters) for o in site.operands), ("bias", site.bias)):
-            (read if needs is None or argument in needs else unread).update(keys)
+        for cell in cells[site.name]:
+            # a cell that does not say otherwise reads all the arguments of its operation
+            needs = cell.needs if isinstance(cell, Cell) and cell.needs is not Cell.needs else None
+            for argument, keys in (*((o.argument, o.parameters) for o in site.operands), ("bias", site.bias)):
+                (read if needs is None or argument in needs else unread).update(keys)
     parameters = dict(replica.named_parameters())
     for key in unread - read:
         if key in parameters:
