@@ -38,8 +38,10 @@ class Taught:
         self.loader, self.teacher = loader, teacher
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        with evaluating(self.teacher):
-            yield from ((inputs, self.teacher(inputs)) for inputs, _ in self.loader)
+        for inputs, _ in self.loader:
+            with evaluating(self.teacher):
+                wanted = self.teacher(inputs)
+            yield inputs, wanted
 
 
 def techniques() -> dict[str, Technique]:

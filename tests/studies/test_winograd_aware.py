@@ -203,6 +203,7 @@ def test_choices_are_held_against_one_everywhere(bed, monkeypatch, tmp_path, cap
         pytest.skip("bitsmith-kernels is not installed")
     small_study(monkeypatch, tmp_path)
     monkeypatch.setattr(study.winas, "ROUNDS", 5)
+    monkeypatch.setattr(study.winas, "UNIFORM", ("direct int8", "F2 int8"))
     arguments = ["--only", "winas", "--seeds", "1", "--steps", "1", "--search_steps", "2"]
     study.main(arguments)
     text = capsys.readouterr().out
@@ -222,6 +223,7 @@ def test_what_is_taught_is_the_teachers_output():
     for (inputs, target), (plain, _) in zip(study.winas.Taught(loader, teacher), loader, strict=True):
         assert torch.equal(inputs, plain)
         assert torch.equal(target, teacher(inputs))
+        assert torch.is_grad_enabled()
 
 
 def test_time_that_is_over_leaves_cells_out(monkeypatch, tmp_path, capsys):
