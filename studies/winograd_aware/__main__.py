@@ -188,7 +188,6 @@ def grid(study: Study, bed: Bed, progress: Progress) -> None:
     for cell, record in found:
         if cell.form.rest is None and cell.form != FLOAT and cell.settings is None:
             print(f"{cell.form.name}, not trained: logits within {record['largest gap']:.2g} of direct fp32's")
-    print("\n".join(["", "top-1, % (mean over seeds)", *tables.plotted(results)]))
 
 
 def images(study: Study, bed: Bed, progress: Progress) -> None:
@@ -216,11 +215,12 @@ def choices(study: Study, bed: Bed, progress: Progress) -> None:
     winas.site_table(bed)
     weights = winas.FULL_WEIGHTS if options.full else (winas.WEIGHT,)
     search = Settings(options.search_steps, RATES[0])
-    cells, forms = [], [FORMS[name] for name in winas.UNIFORM]
+    cells, forms = [], [*(FORMS[name] for name in winas.UNIFORM), winas.fastest(bed)]
+    everywhere = tuple(forms)
     for seed in range(options.seeds):
         mine = [winas.learned(study, bed, weight, seed, search, progress) for weight in weights]
         forms += [form for form in mine if form is not None and form not in forms]
-        for form in (*forms[: len(winas.UNIFORM)], *(form for form in mine if form is not None)):
+        for form in (*everywhere, *(form for form in mine if form is not None)):
             cells.append(Cell(form, TRAINED_SHIPPED, seed, settings_of(form, TRAINED, options.steps)))
     winas.compare(study, bed, forms, run(study, bed, cells, "test", progress, "winas"))
 

@@ -183,15 +183,3 @@ def training(results: Results, title: str) -> None:
 def _less(one: Found, other: Found) -> str:
     first, second = one.kl.mean(0), other.kl.mean(0)
     return said((float(first.mean() / second.mean()), *ratio_interval(first, second)))
-
-
-def plotted(results: Results) -> Sequence[str]:
-    """The accuracies as bars of text, one for each form and route: what a plot would show."""
-    scored = {key: 100.0 * found.right.mean() for key, found in results.items()}
-    low = min(scored.values(), default=0.0)
-    width = max((len(f"{name}, {route}") for name, route in scored), default=0)
-    span = max(max(scored.values(), default=1.0) - low, 1e-9)
-    return [
-        f"{f'{name}, {route}'.ljust(width)} {value:6.2f} {'#' * (1 + round(40 * (value - low) / span))}"
-        for (name, route), value in scored.items()
-    ]

@@ -100,6 +100,14 @@ def learned(study: Study, bed: Bed, weight: float, seed: int, settings: Settings
     return Form(f"wiNAS, weight {weight:g}", INT8, INT8, tuple(sorted(plan.sites.items())))
 
 
+def fastest(bed: Bed) -> Form:
+    """The control: the fastest technique of each site by the same table, and nothing learned."""
+    own: dict[str, tuple[float, Technique]] = {}
+    for (site, technique), ms in times_of_sites(bed).items():
+        own[site] = min(own.get(site, (ms, technique)), (ms, technique), key=lambda one: one[0])
+    return Form("fastest by the table", INT8, INT8, tuple(sorted((site, t) for site, (_, t) in own.items())))
+
+
 def site_table(bed: Bed) -> None:
     found = times_of_sites(bed)
     lines = []
