@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from benchmarks.harness import table
 from torch import nn
 
 import bitsmith as bs
@@ -124,7 +126,7 @@ def run(
     for cell in cells:
         known = cell not in missing
         label = f"{what}, {cell.name}"
-        record = study.row("winograd aware", bed.key(cell, split), label, lambda cell=cell: bed.record(cell, split))
+        record = study.row("winograd aware", bed.key(cell, split), label, partial(bed.record, cell, split))
         if not known and len(cells) > 1:
             progress.advance()
         if record is None:
@@ -163,7 +165,7 @@ def tune(study: Study, bed: Bed, progress: Progress) -> None:
         lines.append([form, route, *shown, *["-"] * (1 + len(RATES) - len(shown))])
     heads = ["3x3 convolutions", "route", "not trained", *(f"{rate:g}" for rate in RATES)]
     title = f"KL to float in 1e-3 nats (top-1), {steps} steps at these rates, {VALIDATION} held-out training images"
-    tables.table(title, heads, lines)
+    table(title, heads, lines)
 
 
 def divergence_of(one: tuple[Cell, Mapping[str, Any]]) -> float:
@@ -206,7 +208,7 @@ def images(study: Study, bed: Bed, progress: Progress) -> None:
         better = "-" if other is None else tables.said(tables.gained(mine, other))
         lines.append([*key, str(len(mine.seeds)), *top1, better])
     heads = ["3x3 convolutions", "route", "seeds", "lossless, top-1 %", "JPEG, top-1 %", "JPEG - lossless"]
-    tables.table(f"trained on {TRAINING} lossless or 50000 JPEG images (reduced), {options.steps} steps", heads, lines)
+    table(f"trained on {TRAINING} lossless or 50000 JPEG images (reduced), {options.steps} steps", heads, lines)
 
 
 def choices(study: Study, bed: Bed, progress: Progress) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from benchmarks.logit_peers import float_logits
@@ -20,7 +20,6 @@ from bitsmith._hash import hash_files
 from bitsmith.data import first_inputs
 from bitsmith.learn.finetune import divergence as batch_divergence
 from bitsmith.model.network import duplicate, network
-from bitsmith.progress import Progress
 from bitsmith.sampling import RandomAccess
 from bitsmith.technique import Technique
 
@@ -67,7 +66,7 @@ class Form:
 
 INT8 = bs.Int(8, 8)
 TARGET = bs.targets.OpenVino(1, kernels=True)
-TILES = (2, 4, 6)
+TILES: tuple[Literal[2, 4, 6], ...] = (2, 4, 6)
 FLOAT, DIRECT = Form("direct fp32", None), Form("direct int8", INT8, INT8)
 FORMS: Mapping[str, Form] = {
     form.name: form
@@ -196,7 +195,7 @@ class Bed:
         own = dict.fromkeys(supported, INT8) | dict(self.plan(form).sites)
         return TARGET.adapt(bs.Plan(own), self.net.record)
 
-    def network(self, cell: Cell, progress: Progress | None = None) -> nn.Module:
+    def network(self, cell: Cell) -> nn.Module:
         """The network of a cell; raises what its training raises."""
         form, drawn = cell.form.by(cell.route), self.subject.drawn(cell.seed)
         plan = self.shipped(form) if cell.route in (SHIPPED, TRAINED_SHIPPED) else self.plan(form)
@@ -218,12 +217,11 @@ class Bed:
             distance=softened,
             lr=settings.rate,
             seed=cell.seed,
-            progress=progress,
         )
 
-    def record(self, cell: Cell, split: str, progress: Progress | None = None) -> dict[str, Any]:
+    def record(self, cell: Cell, split: str) -> dict[str, Any]:
         """``right`` ("1" and "0" by sample) and ``kl`` (nats, by sample) of a cell's network."""
-        net = self.network(cell, progress).eval()
+        net = self.network(cell).eval()
         found, target = self.outputs(net, split)
         if split not in self._reference:
             self._reference[split] = self.outputs(self.subject.model, split)[0]

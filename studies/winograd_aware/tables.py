@@ -60,7 +60,7 @@ def gathered(cells: Iterable[tuple[Cell, Mapping[str, Any]]]) -> dict[tuple[str,
 def common(one: Found, other: Found) -> list[int]:
     """The seeds that both have; one that depends on none has each."""
     if len(one.seeds) == 1 or len(other.seeds) == 1:
-        return list(max(one.seeds, other.seeds, key=len))
+        return list(one.seeds if len(one.seeds) > len(other.seeds) else other.seeds)
     return sorted(set(one.seeds) & set(other.seeds))
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import bitsmith as bs
 from bitsmith.plan import Plan
 from bitsmith.progress import Progress
+from bitsmith.sampling import RandomAccess
 from bitsmith.task import evaluating
 from bitsmith.technique import Technique
 
@@ -62,12 +63,13 @@ def times_of_sites(bed: Bed) -> dict[tuple[str, Technique], float]:
 def searched(bed: Bed, weight: float, seed: int, settings: Settings, progress: Progress) -> dict[str, Any]:
     """The plan of one search on training images; its choices are judged on the held-out ones."""
     latency = times_of_sites(bed)
-    model, drawn = bed.subject.model, bed.subject.drawn(seed)
+    model, drawn, judging = bed.subject.model, bed.subject.drawn(seed), bed.subject.task.validation
+    assert isinstance(judging, RandomAccess)
     found = bs.differentiable_search(
         model,
         list(techniques().values()),
         Taught(Augmented(bed.pool(settings.images), BATCH), model),
-        Taught(Augmented(bed.subject.task.validation, BATCH), model),
+        Taught(Augmented(judging, BATCH), model),
         latency,
         softened,
         steps=settings.steps,
