@@ -35,7 +35,6 @@ from .grid import (
     SHIPPED,
     TILES,
     TRAINED,
-    TRAINED_SHIPPED,
     Bed,
     Cell,
     Form,
@@ -53,7 +52,7 @@ SIZE = Size(256, 64)
 """Calibration samples that a seed draws."""
 
 STEPS, FULL_STEPS, TUNING_STEPS = 60, 1000, 60
-SEARCH_STEPS = 80
+SEARCH_STEPS = 60
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 """Adam's, tried from the least on, until one is worse than the one before."""
 TUNING_SEED = 100
@@ -212,7 +211,7 @@ def images(study: Study, bed: Bed, progress: Progress) -> None:
 
 
 def choices(study: Study, bed: Bed, progress: Progress) -> None:
-    """wiNAS against one choice everywhere, trained alike. A plan that two seeds find is timed once."""
+    """wiNAS against one choice everywhere, trained alike (as in the grid). A plan that two seeds find is timed once."""
     options = study.options
     winas.site_table(bed)
     weights = winas.FULL_WEIGHTS if options.full else (winas.WEIGHT,)
@@ -223,7 +222,7 @@ def choices(study: Study, bed: Bed, progress: Progress) -> None:
         mine = [winas.learned(study, bed, weight, seed, search, progress) for weight in weights]
         forms += [form for form in mine if form is not None and form not in forms]
         for form in (*everywhere, *(form for form in mine if form is not None)):
-            cells.append(Cell(form, TRAINED_SHIPPED, seed, settings_of(form, TRAINED, options.steps)))
+            cells.append(Cell(form, TRAINED, seed, settings_of(form, TRAINED, options.steps)))
     winas.compare(study, bed, forms, run(study, bed, cells, "test", progress, "winas"))
 
 

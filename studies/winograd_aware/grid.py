@@ -34,8 +34,7 @@ TEMPERATURE = 4.0
 AFTER, CORRECTED, SHIPPED = "post-training", "post-training, bias corrected", "post-training, as shipped"
 ROUNDED = "post-training, rounded transforms"
 TRAINED, FIXED, FLEX = "trained", "trained, rounded transforms", "trained, flex"
-TRAINED_SHIPPED = "trained, as shipped"
-"""The routes. Shipped: as OpenVINO runs it, with integer additions and pooling; not trained, bias corrected too.
+"""The routes. Shipped: as OpenVINO runs it, with integer additions and pooling; bias corrected too.
 Rounded: the three transforms in as many bits as the taps, the paper's static; everywhere else they are exact, but for
 :data:`FLEX`, where they are rounded and trained."""
 
@@ -198,7 +197,7 @@ class Bed:
     def network(self, cell: Cell) -> nn.Module:
         """The network of a cell; raises what its training raises."""
         form, drawn = cell.form.by(cell.route), self.subject.drawn(cell.seed)
-        plan = self.shipped(form) if cell.route in (SHIPPED, TRAINED_SHIPPED) else self.plan(form)
+        plan = self.shipped(form) if cell.route == SHIPPED else self.plan(form)
         if cell.route in (SHIPPED, CORRECTED):
             plan = plan.replace(prepare=(bs.CorrectBias(),))
         net = bs.apply(self.subject.model, plan, drawn.calibration) if plan.sites else self.subject.model

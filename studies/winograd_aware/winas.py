@@ -1,4 +1,4 @@
-"""wiNAS against one choice everywhere: accuracy of what ships, trained alike, and its measured time."""
+"""wiNAS against one choice everywhere: accuracy, trained alike and simulated, and the measured time of the files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bitsmith.technique import Technique
 from .. import _guided
 from .._command import Study, spread
 from . import tables
-from .grid import BATCH, FORMS, INT8, TARGET, TRAINED_SHIPPED, Bed, Cell, Form, Settings, softened
+from .grid import BATCH, FORMS, INT8, TARGET, TRAINED, Bed, Cell, Form, Settings, softened
 from .images import Augmented
 
 UNIFORM = ("direct int8", "F2 int8", "F4 int8", "F4 16-bit taps")
@@ -135,7 +135,7 @@ def compare(study: Study, bed: Bed, forms: Sequence[Form], cells: Sequence[tuple
     lines = [["direct fp32", "-", "-", "-", f"{plain.ms:.3f} ± {plain.spread:.3f}", f"{direct.ms / plain.ms:.2f}"]]
     for name in dict.fromkeys(form.name for form in forms):
         mine = [timing for form, timing in of.items() if form.name == name]
-        found, rival = results.get((name, TRAINED_SHIPPED)), results.get((UNIFORM[0], TRAINED_SHIPPED))
+        found, rival = results.get((name, TRAINED)), results.get((UNIFORM[0], TRAINED))
         over = "-" if found is None or rival is None or name == UNIFORM[0] else tables.said(tables.gained(found, rival))
         top1 = "-" if found is None else spread(found.right.mean(1), percent=True)
         kl = "-" if found is None else spread(1e3 * found.kl.mean(1))
@@ -144,4 +144,4 @@ def compare(study: Study, bed: Bed, forms: Sequence[Form], cells: Sequence[tuple
         lines.append([name, top1, over, kl, ms, faster])
         study.rows += [{"part": "winas times", "form": name, "ms": t.ms, "spread": t.spread} for t in mine]
     heads = ["3x3 convolutions", "top-1 %", "points over direct int8", "KL, 1e-3 nats", "ms, measured"]
-    table(f"what ships (reduced), batch 1, 1 thread, {ROUNDS} rounds", [*heads, "x direct int8"], lines)
+    table(f"one choice and wiNAS (reduced), batch 1, 1 thread, {ROUNDS} rounds", [*heads, "x direct int8"], lines)
