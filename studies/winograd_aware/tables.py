@@ -74,7 +74,7 @@ def gained(better: Found, worse: Found) -> tuple[float, float, float]:
 
 
 def said(values: tuple[float, float, float], digits: int = 2) -> str:
-    mean, low, high = (f"{value + 0.0:.{digits}f}" for value in values)
+    mean, low, high = (f"{round(value, digits) + 0.0:.{digits}f}" for value in values)  # no -0.00
     return f"{mean} ({low} to {high})"
 
 

@@ -166,6 +166,10 @@ def test_differences_are_paired_by_seed_and_sample():
     assert tables.gained(once, found([[1, 0] * 50], np.ones((1, 100)), seeds=[4]))[0] == 50.0
 
 
+def test_nothing_is_less_than_zero():
+    assert tables.said((-1e-9, -0.004, 0.25)) == "0.00 (0.00 to 0.25)"
+
+
 def test_the_bar_can_be_missed():
     direct = found([[1] * 100] * 3, np.full((3, 100), 0.01))
     near = found([[1] * 99 + [0]] * 3, np.full((3, 100), 0.015))
