@@ -42,7 +42,7 @@ from .grid import (
 )
 from .grid import array as right_of
 
-SHARES = {"tune": 0.5, "grid": 0.65, "images": 0.5, "winas": 0.35}
+SHARES = {"tune": 0.5, "grid": 0.65, "images": 0.5, "winas": 0.35, "modelled": 0.35}
 """Of the time, by part."""
 DEFAULT = ("grid", "winas")
 TRAINING, VALIDATION = 3000, 1000
@@ -58,21 +58,20 @@ RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 TUNING_SEED = 100
 """Of the cells that settings are chosen with; no result has it."""
 
-TUNED = ((DIRECT.name, TRAINED), *((f"F{tile} int8", route) for tile in (4, 6) for route in (TRAINED, FLEX)))
+TUNED = ((DIRECT.name, TRAINED), *((f"F{tile} int8", route) for tile in (4, 6) for route in (TRAINED, FIXED, FLEX)))
 """Forms and routes that a rate is chosen for."""
 
-RATE: Mapping[tuple[str, str], float] = dict(zip(TUNED, (1e-5, 1e-4, 3e-5, 3e-5, 3e-4), strict=True))
+RATE: Mapping[tuple[str, str], float] = dict(zip(TUNED, (1e-5, 1e-4, 3e-5, 3e-5, 3e-5, 3e-4, 3e-4), strict=True))
 """What was chosen."""
 
 
 def settings_of(form: Form, route: str, steps: int, images: str = "lossless") -> Settings:
-    """Float forms train as those in 8 bits do, F2 and 16-bit taps as direct int8, and transforms that stay rounded as
-    those that are trained. What has several tiles trains as its greatest."""
+    """Float forms train as those in 8 bits do, F2 and 16-bit taps as direct int8. What has several tiles trains as its
+    greatest."""
     winograd = [t for t in (form.technique, *dict(form.own).values()) if isinstance(t, bs.Winograd)]
     tiles = [t.tile for t in winograd if t.tap_bits != 16]
-    rounded = route in (FIXED, FLEX)
     tile = max(tiles, default=2)
-    like = (DIRECT.name, TRAINED) if tile == 2 else (f"F{tile} int8", FLEX if rounded else TRAINED)
+    like = (DIRECT.name, TRAINED) if tile == 2 else (f"F{tile} int8", route)
     return Settings(steps, RATE[like], images=images)
 
 
@@ -146,7 +145,7 @@ def tune(study: Study, bed: Bed, progress: Progress) -> None:
     minutes = most * steps * 0.35 / 60
     print(f"tune: at most {most} networks, {minutes / 2:.0f} to {minutes:.0f} minutes on a quiet core")
     for form, route in TUNED:
-        untouched = ROUNDED if route == FLEX else AFTER
+        untouched = AFTER if route == TRAINED else ROUNDED
         said = run(study, bed, [Cell(FORMS[form], untouched, TUNING_SEED)], "validation", progress, "tune")
         for rate in RATES:
             got = run(
@@ -210,20 +209,24 @@ def images(study: Study, bed: Bed, progress: Progress) -> None:
     table(f"trained on {TRAINING} lossless or 50000 JPEG images (reduced), {options.steps} steps", heads, lines)
 
 
-def choices(study: Study, bed: Bed, progress: Progress) -> None:
+def choices(study: Study, bed: Bed, progress: Progress, modelled: bool = False) -> None:
     """wiNAS against one choice everywhere, trained alike (as in the grid). A plan that two seeds find is timed once."""
-    options = study.options
-    winas.site_table(bed)
+    options, what = study.options, "modelled" if modelled else "measured"
+    if not modelled:
+        winas.site_table(bed)
+    latency = winas.multiplications(bed) if modelled else winas.times_of_sites(bed)
     weights = winas.FULL_WEIGHTS if options.full else (winas.WEIGHT,)
     search = Settings(options.search_steps, RATES[0])
-    cells, forms = [], [*(FORMS[name] for name in winas.UNIFORM), winas.fastest(bed)]
+    names = winas.MODELLED if modelled else winas.UNIFORM
+    cells, forms = [], [*(FORMS[name] for name in names), winas.fastest(bed, latency)]
     everywhere = tuple(forms)
     for seed in range(options.seeds):
-        mine = [winas.learned(study, bed, weight, seed, search, progress) for weight in weights]
+        mine = [winas.learned(study, bed, latency, what, weight, seed, search, progress) for weight in weights]
         forms += [form for form in mine if form is not None and form not in forms]
         for form in (*everywhere, *(form for form in mine if form is not None)):
             cells.append(Cell(form, TRAINED, seed, settings_of(form, TRAINED, options.steps)))
-    winas.compare(study, bed, forms, run(study, bed, cells, "test", progress, "winas"))
+    compare = winas.compare_models if modelled else winas.compare
+    compare(study, bed, forms, run(study, bed, cells, "test", progress, f"winas, {what}"))
 
 
 def task_of(root: Path) -> Task:
@@ -258,7 +261,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     bed = Bed(subject, root)
     chosen = options.only or (tuple(SHARES) if options.full else DEFAULT)
     with TerminalProgress() as progress:
-        for name, part in (("tune", tune), ("grid", grid), ("images", images), ("winas", choices)):
+        for name, part in (
+            ("tune", tune),
+            ("grid", grid),
+            ("images", images),
+            ("winas", choices),
+            ("modelled", partial(choices, modelled=True)),
+        ):
             if name in chosen:
                 study.part(SHARES[name] / sum(SHARES[one] for one in chosen))
                 part(study, bed, progress)

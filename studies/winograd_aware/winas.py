@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks.harness import table
@@ -25,6 +25,9 @@ from .images import Augmented
 UNIFORM = ("direct int8", "F2 int8", "F4 int8", "F4 16-bit taps")
 """What has native kernels, so a time that can be measured: F6 and flex have none and are left out."""
 
+MODELLED = (*UNIFORM, "F6 int8")
+"""What multiplications can be counted for."""
+
 WEIGHT, FULL_WEIGHTS = 0.3, (0.1, 0.3, 1.0)
 """Of latency in the search's loss, in nats for the time of direct int8 everywhere."""
 LOGIT_RATE = 0.05
@@ -45,8 +48,9 @@ class Taught:
             yield inputs, wanted
 
 
-def techniques() -> dict[str, Technique]:
-    return {name: technique for name in UNIFORM if (technique := FORMS[name].technique) is not None}
+def techniques(names: Sequence[str] | None = None) -> dict[str, Technique]:
+    """Of forms, by default those of :data:`UNIFORM`."""
+    return {name: technique for name in names or UNIFORM if (technique := FORMS[name].technique) is not None}
 
 
 def times_of_sites(bed: Bed) -> dict[tuple[str, Technique], float]:
@@ -60,14 +64,32 @@ def times_of_sites(bed: Bed) -> dict[tuple[str, Technique], float]:
     }
 
 
-def searched(bed: Bed, weight: float, seed: int, settings: Settings, progress: Progress) -> dict[str, Any]:
+Times = Mapping[tuple[str, Technique], float]
+
+
+def multiplications(bed: Bed) -> dict[tuple[str, Technique], float]:
+    """A model, nowhere measured: millions of 8-bit multiplications at batch 1, as if transforms were free. By output
+    and pair of channels 9, 4, 2.25 and 1.78 for direct, F2, F4, F6 (Lavin and Gray 2016); 16-bit taps count twice."""
+    found: dict[tuple[str, Technique], float] = {}
+    for name in bed.fitting:
+        macs = bed.sites[name].macs / bed.sites[name].operands[0].shape[0]
+        for technique in techniques(MODELLED).values():
+            saved = 1.0
+            if isinstance(technique, bs.Winograd):
+                saved = ((technique.tile + 2) / technique.tile) ** 2 / 9 * technique.tap_bits / 8
+            found[name, technique] = macs * saved / 1e6
+    return found
+
+
+def searched(
+    bed: Bed, latency: Times, weight: float, seed: int, settings: Settings, progress: Progress
+) -> dict[str, Any]:
     """The plan of one search on training images; its choices are judged on the held-out ones."""
-    latency = times_of_sites(bed)
     model, drawn, judging = bed.subject.model, bed.subject.drawn(seed), bed.subject.task.validation
     assert isinstance(judging, RandomAccess)
     found = bs.differentiable_search(
         model,
-        list(techniques().values()),
+        list(dict.fromkeys(technique for _, technique in latency)),
         Taught(Augmented(bed.pool(settings.images), BATCH), model),
         Taught(Augmented(judging, BATCH), model),
         latency,
@@ -85,27 +107,30 @@ def searched(bed: Bed, weight: float, seed: int, settings: Settings, progress: P
     return {"plan": plan, "ms": found.ms, "reference ms": found.reference_ms, "least certain": least}
 
 
-def learned(study: Study, bed: Bed, weight: float, seed: int, settings: Settings, progress: Progress) -> Form | None:
-    """What one search chose, as a form; None once the time is over."""
+def learned(
+    study: Study, bed: Bed, latency: Times, what: str, weight: float, seed: int, settings: Settings, progress: Progress
+) -> Form | None:
+    """What one search chose, as a form; None once the time is over. ``what``: the times are."""
     key = {"weight": weight, "seed": seed, "steps": settings.steps, "rate": [settings.rate, LOGIT_RATE], "batch": BATCH}
-    key |= {"latency": sorted([site, repr(t), ms] for (site, t), ms in times_of_sites(bed).items())}
+    key |= {"latency": sorted([site, repr(t), ms] for (site, t), ms in latency.items())}
     key = bed.subject.key(search=key, library=_guided.library("learn", "techniques"))
-    label = f"wiNAS, latency weight {weight:g}, seed {seed}"
-    found = study.row("winas", key, label, lambda: searched(bed, weight, seed, settings, progress))
+    label = f"wiNAS, {what}, weight {weight:g}, seed {seed}"
+    found = study.row("winas", key, label, lambda: searched(bed, latency, weight, seed, settings, progress))
     if found is None:
         return None
     plan = Plan.from_json(found["plan"])
-    counts = {name: sum(t == technique for t in plan.sites.values()) for name, technique in techniques().items()}
-    row = {"part": "winas search", "weight": weight, "seed": seed, "sites": counts, "table ms": found["ms"]}
-    study.rows.append({**row, "direct table ms": found["reference ms"], "least certain": found["least certain"]})
+    chosen = list(plan.sites.values())
+    counts = {name: chosen.count(technique) for name, technique in techniques(MODELLED).items()}
+    row = {"part": "winas search", "times": what, "weight": weight, "seed": seed, "sites": counts, "table": found["ms"]}
+    study.rows.append({**row, "table, direct": found["reference ms"], "least certain": found["least certain"]})
     print(f"{label}: {counts}, least certain site {found['least certain']:.2f}")
-    return Form(f"wiNAS, weight {weight:g}", INT8, INT8, tuple(sorted(plan.sites.items())))
+    return Form(f"wiNAS, {what}, weight {weight:g}", INT8, INT8, tuple(sorted(plan.sites.items())))
 
 
-def fastest(bed: Bed) -> Form:
+def fastest(bed: Bed, latency: Times) -> Form:
     """The control: the fastest technique of each site by the same table, and nothing learned."""
     own: dict[str, tuple[float, Technique]] = {}
-    for (site, technique), ms in times_of_sites(bed).items():
+    for (site, technique), ms in latency.items():
         own[site] = min(own.get(site, (ms, technique)), (ms, technique), key=lambda one: one[0])
     return Form("fastest by the table", INT8, INT8, tuple(sorted((site, t) for site, (_, t) in own.items())))
 
@@ -145,3 +170,20 @@ def compare(study: Study, bed: Bed, forms: Sequence[Form], cells: Sequence[tuple
         study.rows += [{"part": "winas times", "form": name, "ms": t.ms, "spread": t.spread} for t in mine]
     heads = ["3x3 convolutions", "top-1 %", "points over direct int8", "KL, 1e-3 nats", "ms, measured"]
     table(f"one choice and wiNAS (reduced), batch 1, 1 thread, {ROUNDS} rounds", [*heads, "x direct int8"], lines)
+
+
+def compare_models(study: Study, bed: Bed, forms: Sequence[Form], cells: Sequence[tuple[Cell, dict[str, Any]]]) -> None:
+    """Accuracy and modelled multiplications of each form; nothing is timed."""
+    model, results, lines = multiplications(bed), tables.gathered(cells), []
+    total = {form: sum(model[site, bed.plan(form)[site]] for site in bed.fitting) for form in forms}
+    for name in dict.fromkeys(form.name for form in forms):
+        found, rival = results.get((name, TRAINED)), results.get((UNIFORM[0], TRAINED))
+        if found is None or rival is None:
+            continue
+        over = "-" if name == UNIFORM[0] else tables.said(tables.gained(found, rival))
+        mine = [count for form, count in total.items() if form.name == name]
+        cells_ = [spread(found.right.mean(1), percent=True), over, spread(1e3 * found.kl.mean(1))]
+        lines.append([name, *cells_, ", ".join(f"{one:.1f}" for one in mine), f"{total[forms[0]] / min(mine):.2f}"])
+        study.rows.append({"part": "winas modelled", "form": name, "multiplications": mine})
+    heads = ["3x3 convolutions", "top-1 %", "points over direct int8", "KL, 1e-3 nats", "M multiplications, modelled"]
+    table("one choice and wiNAS on a model of multiplications (reduced)", [*heads, "fewer, at best"], lines)

@@ -215,11 +215,28 @@ def test_choices_are_held_against_one_everywhere(bed, monkeypatch, tmp_path, cap
     (search,) = (row for row in rows if row["part"] == "winas search")
     assert sum(search["sites"].values()) == len(bed.fitting)
     times = {row["form"]: row["ms"] for row in rows if row["part"] == "winas times"}
-    assert set(times) == {*study.winas.UNIFORM, "fastest by the table", f"wiNAS, weight {study.winas.WEIGHT:g}"}
+    assert set(times) == {
+        *study.winas.UNIFORM,
+        "fastest by the table",
+        f"wiNAS, measured, weight {study.winas.WEIGHT:g}",
+    }
     assert min(times.values()) > 0
     assert "F6" not in text.partition("one choice and wiNAS")[2]
     study.main(arguments)
     assert json.loads((tmp_path / "winograd_aware.json").read_text())["rows"] == rows
+
+
+def test_a_model_counts_multiplications(bed, monkeypatch, tmp_path, capsys):
+    model = study.winas.multiplications(bed)
+    direct = 8 * 8 * 9 * 12 * 12 / 1e6
+    assert model["left", bs.Int(8, 8)] == pytest.approx(direct)
+    assert model["left", bs.Winograd(2)] == pytest.approx(direct * 4 / 9)
+    assert model["left", bs.Winograd(4, 16)] == pytest.approx(2 * model["left", bs.Winograd(4)])
+    small_study(monkeypatch, tmp_path)
+    study.main(["--only", "modelled", "--seeds", "1", "--steps", "1", "--search_steps", "2"])
+    text = capsys.readouterr().out
+    assert "M multiplications, modelled" in text
+    assert "measured" not in text.partition("one choice and wiNAS")[2]
 
 
 def test_what_is_taught_is_the_teachers_output():
