@@ -1,4 +1,4 @@
-"""The command that the studies of guided searches share: options, a store that a killed run goes on from, figures."""
+"""The command that the studies share: options, a store that a killed run goes on from, figures."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ class Study:
     name: str
     options: argparse.Namespace
     store: Store
+    parts: tuple[str, ...] = tuple(SIZES)
     rows: list[dict[str, Any]] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     _started: float = field(default_factory=time.time)
@@ -37,14 +38,30 @@ class Study:
     _end: float = float("inf")
 
     @classmethod
-    def start(cls, name: str, about: str, minutes: float, argv: Sequence[str] | None = None) -> Study:
-        """Read the command line, open the store, and say what is to come."""
+    def start(
+        cls,
+        name: str,
+        about: str,
+        minutes: float,
+        argv: Sequence[str] | None = None,
+        *,
+        parts: Sequence[str] = tuple(SIZES),
+        seeds: int = 5,
+        full: str = "whole halves, every cell, no limit of time: hours",
+        store: str = "guided",
+        more: Mapping[str, tuple[type, Any, str]] | None = None,
+    ) -> Study:
+        """Read the command line, open the store, and say what is to come. ``parts``: what ``--only`` chooses among;
+        ``seeds``: by default; ``full``: what that option means; ``store``: the file's name; ``more``: options of one
+        study, name -> type, default, help."""
         parser = argparse.ArgumentParser(prog=f"python -m studies.{name}", description=about)
-        parser.add_argument("--full", action="store_true", help="whole halves, every cell, no limit of time: hours")
-        parser.add_argument("--only", action="append", choices=list(SIZES), help="this network only (repeatable)")
-        parser.add_argument("--seeds", type=int, default=5, help="calibration seeds (5)")
+        parser.add_argument("--full", action="store_true", help=full)
+        parser.add_argument("--only", action="append", choices=list(parts), help="this part only (repeatable)")
+        parser.add_argument("--seeds", type=int, default=seeds, help=f"how many ({seeds})")
         parser.add_argument("--minutes", type=float, default=minutes, help=f"for all parts together ({minutes:g})")
         parser.add_argument("--threads", type=int, default=1, help="of the simulation and of the runtime (1)")
+        for option, (kind, default, text) in (more or {}).items():
+            parser.add_argument(f"--{option}", type=kind, default=default, help=text)
         options = parser.parse_args(argv)
         torch.set_num_threads(options.threads)
         (RESULTS / "models").mkdir(parents=True, exist_ok=True)
@@ -52,11 +69,12 @@ class Study:
         print(f"{name}{' (--full)' if options.full else ' (reduced)'}: {limit}")
         load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
         print(f"{machine()}; torch {torch.__version__}; {options.threads} threads; load {load}", flush=True)
-        return cls(name, options, Store(RESULTS / "guided.db"))
+        return cls(name, options, Store(RESULTS / f"{store}.db"), tuple(parts))
 
     @property
-    def networks(self) -> list[str]:
-        return [name for name in SIZES if not self.options.only or name in self.options.only]
+    def chosen(self) -> list[str]:
+        """The parts that are run."""
+        return [name for name in self.parts if not self.options.only or name in self.options.only]
 
     def subject(self, name: str) -> Subject:
         root = data_root()

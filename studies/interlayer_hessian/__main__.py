@@ -164,10 +164,10 @@ def show(study: Study) -> None:
 
 def main() -> None:
     study = Study.start("interlayer_hessian", __doc__ or "", 25.0)
-    total = sum(SHARES[name] for name in study.networks)
+    total = sum(SHARES[name] for name in study.chosen)
     techniques = tuple(SPACES["modelled"])
     place = Place("modelled 4/8/16", MODEL, techniques, techniques[0])
-    for name in study.networks:
+    for name in study.chosen:
         share = SHARES[name] / total
         study.part(share * (1.0 - SEARCHING))
         subject = study.subject(name)

@@ -61,9 +61,9 @@ def cells(
 def main() -> None:
     study = Study.start("sensitivity_guided_ptq", __doc__ or "", 25.0)
     full, seeds = bool(study.options.full), study.options.seeds
-    total = sum(SHARES[name] for name in study.networks)
+    total = sum(SHARES[name] for name in study.chosen)
     where = places(study.options.threads)
-    for name in study.networks:
+    for name in study.chosen:
         study.part(SHARES[name] / total)
         subject = study.subject(name)
         samples = subject.size.calibration
