@@ -32,6 +32,8 @@ SAMPLES = 8
 
 OPTIONS = ((2, 8), (4, 16))
 """(tile, bits of the taps) that need no training."""
+WORTH = 0.95
+"""The share of a convolution's time that its replacement may take: its counter misses what another node costs."""
 LEAST_DB = 3.0
 """Below this SQNR to the file's own outputs, half of their power is noise: nothing is written."""
 
@@ -93,8 +95,9 @@ def accelerate(
     batches of the file's size; None: random numbers. ``options``: (tile, bits of
     the taps) to try, as of :class:`~bitsmith.Winograd`. ``target``: OpenVINO and its threads.
 
-    Where nothing is gained the new file is the old one. Raises :class:`AccelerateError` for a file that nothing can be
-    done with or whose outputs would be lost (:data:`LEAST_DB`), and ``TargetError`` where the kernels are missing.
+    Where nothing is gained beyond the spread of the times the new file is the old one. Raises :class:`AccelerateError`
+    for a file that nothing can be done with or whose outputs would be lost (:data:`LEAST_DB`), and ``TargetError``
+    where the kernels are missing.
     """
     import onnx
     import onnx_ir as ir
@@ -123,11 +126,11 @@ def accelerate(
             for name, ms in target.site_times(tried, rounds).sites.items():
                 times[name][option] = ms
         chosen = {name: min(of, key=lambda option: of[option]) for name, of in times.items() if of}
-        chosen = {name: option for name, option in chosen.items() if times[name][option] < before[name]}
+        chosen = {name: option for name, option in chosen.items() if times[name][option] < WORTH * before[name]}
         result = _replaced(model, chosen, statistics)
         ours = target.save(result, Path(folder) / "ours.xml", {}, {}, Plan())
         first, second = target.measure([base, ours], rounds)
-        if chosen and second.ms >= first.ms:
+        if chosen and first.ms - second.ms <= first.spread + second.spread:
             chosen, result, ours, second = {}, model, base, first
         agreement = _agreement(target, base, ours, batches)
         if chosen and not agreement >= LEAST_DB:
