@@ -213,6 +213,10 @@ def choices(study: Study, bed: Bed, progress: Progress, modelled: bool = False) 
     """wiNAS against one choice everywhere, trained alike (as in the grid). A plan that two seeds find is timed once."""
     options, what = study.options, "modelled" if modelled else "measured"
     if not modelled:
+        lacking = bed.refused(FORMS["F2 int8"])
+        if lacking:
+            print(f"wiNAS on measured times is left out: {lacking}")
+            return
         winas.site_table(bed)
     latency = winas.multiplications(bed) if modelled else winas.times_of_sites(bed)
     weights = winas.FULL_WEIGHTS if options.full else (winas.WEIGHT,)

@@ -226,6 +226,14 @@ def test_choices_are_held_against_one_everywhere(bed, monkeypatch, tmp_path, cap
     assert json.loads((tmp_path / "winograd_aware.json").read_text())["rows"] == rows
 
 
+def test_choices_on_measured_times_need_the_kernels(bed, monkeypatch, tmp_path, capsys):
+    small_study(monkeypatch, tmp_path)
+    monkeypatch.setattr(grid.Bed, "refused", lambda *_: "no kernels here")
+    study.main(["--only", "winas", "--seeds", "1"])
+    assert "wiNAS on measured times is left out: no kernels here" in capsys.readouterr().out
+    assert json.loads((tmp_path / "winograd_aware.json").read_text())["rows"] == []
+
+
 def test_a_model_counts_multiplications(bed, monkeypatch, tmp_path, capsys):
     model = study.winas.multiplications(bed)
     direct = 8 * 8 * 9 * 12 * 12 / 1e6

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -391,6 +392,13 @@ def test_without_openvino_the_error_says_what_to_install(
     for use in (lambda: TARGET.export(applied, tmp_path / "n.xml", data[0][0]), TARGET.settings):
         with pytest.raises(TargetError, match=r'pip install "bitsmith\[openvino\]"'):
             use()
+
+
+def test_settings_without_the_native_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A profile asks for them first: it was a traceback where plans still run."""
+    monkeypatch.setitem(sys.modules, "bitsmith_kernels", None)
+    assert OpenVino(kernels=True).settings()["kernels"] is None
+    assert "kernels" not in OpenVino().settings()
 
 
 def test_settings_are_what_a_stored_time_depends_on() -> None:

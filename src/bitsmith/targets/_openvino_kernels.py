@@ -112,10 +112,12 @@ def add_results(model: ov.Model, names: Collection[str]) -> set[str]:
     return found
 
 
-def version() -> str:
-    """Of the kernels that are installed."""
-    import bitsmith_kernels
-
+def version() -> str | None:
+    """Of the kernels that are installed; None where there are none."""
+    try:
+        import bitsmith_kernels
+    except ImportError:
+        return None
     return str(bitsmith_kernels.__version__)
 
 
