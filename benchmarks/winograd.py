@@ -3,9 +3,9 @@
     python -m benchmarks.winograd [--full] [--threads 1] [--only layers|networks]
 
 Batch 1, fixed shapes, everything through the targets and files that users have. *Layers*: ten equal 3x3 convolutions
-with weights of their own behind one another (weights come from memory, not from a cache), and one alone. What a layer
-takes is the difference between ten and two, by eight, so that the floating images at both ends do not count; on one
-thread it has a bar. *Products*: the share of the dot product's peak that the kernels' innermost loop attains.
+with weights of their own behind one another (weights come from memory, not from a cache): a tenth of the *chain*, and
+what a layer takes *inside*, the difference to a chain of two by eight, without the floating images at both ends; on one
+thread both are held against the bar. One *alone*, with its weights in the caches. *Products*: the share of the dot product's peak that the kernels' innermost loop attains.
 *Networks*: ResNet-18 and -50 shapes and a VGG-16 trunk, random weights with statistics of real images, ResNet-20 with
 its own; against the fastest int8 file in OpenVINO (Bitsmith's, ONNX Runtime's quantizer's, NNCF's), each opened five
 times. ``accelerate`` chooses the convolutions by their measured times, in each of them that is an ONNX file.
@@ -75,49 +75,40 @@ def chain(channels: int, depth: int) -> nn.Module:
 
 
 def layers(bench: Benchmark) -> None:
+    longest, shortest, alone = DEPTHS
+    heads = ["layer", "where", "computed by", "ms a layer", "x fastest", "quartiles", "CPU ms", "dB"]
     lines = []
     for channels, size in LAYERS:
         times, cpu, db = one_shape(bench, channels, size)
-        longest, shortest, alone = DEPTHS
-        for where in ("of ten", "alone"):
-            found = {
-                name: difference(times[name, longest], times[name, shortest]) if where == "of ten" else one
-                for (name, depth), one in times.items()
-                if depth == alone
-            }
+        names = [name for name, depth in times if depth == longest]
+        ends = {name: difference(times[name, longest], times[name, shortest]) for name in names}
+        for where, depth, found in (
+            ("chain", longest, {name: each(times[name, longest], longest) for name in names}),
+            ("inside", longest, ends),
+            ("alone", alone, {name: times[name, alone] for name in names}),
+        ):
             rival = min(("OpenVINO", "ONNX Runtime"), key=lambda name: found[name].median)
             for name, samples in found.items():
-                gain = ratio(found[rival], samples)
-                middle = found[rival].median / samples.median
-                whole = times[name, longest if where == "of ten" else alone]
-                processor = cpu[name, longest if where == "of ten" else alone]
-                decibel = db[name, longest if where == "of ten" else alone]
-                cells = [f"{channels}@{size}", where, name, f"{samples.median:.3f}", f"{middle:.2f}"]
+                gain, processor = ratio(found[rival], samples), cpu[name, depth] / depth
+                cells = [f"{channels}@{size}", where, name, f"{samples.median:.3f}", f"{gain.median:.2f}"]
                 spread = "{:.2f} to {:.2f}".format(*gain.quartiles)
-                lines.append([*cells, spread, f"{whole.median:.3f}", f"{processor:.3f}", f"{decibel:.1f}"])
-                row: dict[str, Any] = {"channels": channels, "size": size, "where": where, "file": name}
-                row["rival"] = rival
-                row |= {"ms": samples.median, "whole": whole.median, "cpu": processor, "gain": middle, "db": decibel}
-                bench.row("layers", **row)
-                bar = bar_of(name, channels, size) if name in FORMS and where == "of ten" else None
+                lines.append([*cells, spread, f"{processor:.3f}", f"{db[name, depth]:.1f}"])
+                row = {"channels": channels, "size": size, "where": where, "file": name, "rival": rival}
+                figures = {"ms": samples.median, "cpu": processor, "gain": gain.median, "db": db[name, depth]}
+                bench.row("layers", **row, **figures, quartiles=gain.quartiles)
+                bar = bar_of(name, channels, size) if name in FORMS and where != "alone" else None
                 if bar is not None and bench.threads == 1:
-                    bench.judge(f"{name} {channels}@{size}", middle, bar, "x", at_least=True)
-    heads = [
-        "layer",
-        "where",
-        "computed by",
-        "ms a layer",
-        "x fastest runtime",
-        "quartiles",
-        "ms of all",
-        "CPU ms",
-        "dB",
-    ]
+                    bench.judge(f"{name} {channels}@{size}, {where}", gain.median, bar, "x", at_least=True)
     table(f"3x3 convolutions, {bench.threads} threads", heads, lines)
 
 
+def each(chain_of: Samples, depth: int) -> Samples:
+    """ms of one layer of a chain, its float images at both ends included."""
+    return Samples(tuple(ms / depth for ms in chain_of.ms))
+
+
 def difference(longest: Samples, shortest: Samples) -> Samples:
-    """ms of one layer, round by round."""
+    """ms of one layer inside a chain, round by round."""
     layers_between = DEPTHS[0] - DEPTHS[1]
     return Samples(tuple((a - b) / layers_between for a, b in zip(longest.ms, shortest.ms, strict=True)))
 

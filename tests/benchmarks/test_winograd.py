@@ -50,9 +50,14 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_layers_have_figures_of_every_form(bench: Any) -> None:
     winograd.layers(bench)
     names = ["OpenVINO", "ONNX Runtime", *winograd.FORMS]
-    assert [row["file"] for row in bench.rows] == 2 * names
-    assert all(row["whole"] > 0 and row["db"] > 5 for row in bench.rows)
-    assert [verdict.what for verdict in bench.verdicts] == ["F2 int8 32@8"]  # of 8 pixels F4 has no bar
+    assert [row["file"] for row in bench.rows] == 3 * names
+    assert [row["where"] for row in bench.rows] == [where for where in ("chain", "inside", "alone") for _ in names]
+    assert all(row["ms"] > 0 for row in bench.rows if row["where"] != "inside")
+    assert all(row["db"] > 5 for row in bench.rows)
+    assert [verdict.what for verdict in bench.verdicts] == [
+        "F2 int8 32@8, chain",
+        "F2 int8 32@8, inside",
+    ]  # of 8 pixels F4 has no bar
 
 
 def test_products_are_a_share_of_the_peak(bench: Any) -> None:
