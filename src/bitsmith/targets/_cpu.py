@@ -64,9 +64,10 @@ def in_range(technique: Int, reduced: bool | None) -> Int:
     return dataclasses.replace(technique, w=7) if narrow else technique
 
 
-def direct(technique: Winograd, site: str, refused: No) -> Int:
-    """The direct convolution in the place of one that has no kernel here, with a warning that says why."""
-    found = Int(8, 8, range=technique.range, weight_range=technique.weight_range)
+def direct(technique: Winograd, site: str, refused: No, reduced: bool | None) -> Int:
+    """The direct convolution in the place of one that has no kernel here, with a warning that says why. ``reduced``: as
+    of :func:`in_range`."""
+    found = in_range(Int(8, 8, range=technique.range, weight_range=technique.weight_range), reduced)
     warnings.warn(f"{site} is computed as {found} in the place of {technique}: {refused}", stacklevel=2)
     return found
 

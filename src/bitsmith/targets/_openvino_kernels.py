@@ -17,7 +17,7 @@ from ..plan import Plan
 from ..site import Format, Record, Site
 from ..technique import No, Technique
 from ..techniques.winograd import Winograd
-from ._cpu import direct, in_range
+from ._cpu import direct
 from .base import TargetError
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def adapted(technique: Winograd, site: Site, kernels: bool, reduced: bool | None
     refused = refusal(technique, site, kernels)
     if refused is None:
         return dataclasses.replace(technique, signed=False)
-    return in_range(direct(technique, site.name, refused), reduced)
+    return direct(technique, site.name, refused, reduced)
 
 
 def stored(sites: Mapping[str, Technique], record: Record) -> dict[str, Technique]:

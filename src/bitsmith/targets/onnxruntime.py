@@ -119,7 +119,7 @@ class OnnxRuntime(Target):
         Additions and products that no integer site reads stay float: no kernel behind them gains from 8 bits, and a
         residual stream is what 8 bits hold worst. Winograd convolutions become direct ones, with a warning.
         """
-        served = _served(plan, record)
+        served = _served(plan, record, self.reduced_range)
         sites = {
             name: dataclasses.replace(in_range(technique, self.reduced_range), signed=False, symmetric=False)
             if isinstance(technique, Int) and technique.a is not None
@@ -318,11 +318,11 @@ def _feed(artifact: Artifact, arrays: Sequence[Array]) -> dict[str, Array]:
     return {name: array for (name, _, _), array in zip(artifact.inputs, arrays, strict=True)}
 
 
-def _served(plan: Plan, record: Record) -> dict[str, Technique]:
+def _served(plan: Plan, record: Record, reduced: bool | None) -> dict[str, Technique]:
     """The plan's sites, each under a technique that has a kernel, without elementwise operations whose result is read
     as float only, chains of them included."""
     kept = {
-        name: direct(technique, name, NO_WINOGRAD) if isinstance(technique, Winograd) else technique
+        name: direct(technique, name, NO_WINOGRAD, reduced) if isinstance(technique, Winograd) else technique
         for name, technique in plan.sites.items()
     }
     for name in reversed(list(record.sites)):  # readers come before what they read
