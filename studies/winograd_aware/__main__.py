@@ -217,8 +217,9 @@ def choices(study: Study, bed: Bed, progress: Progress, modelled: bool = False) 
         if lacking:
             print(f"wiNAS on measured times is left out: {lacking}")
             return
-        winas.site_table(bed)
     latency = winas.multiplications(bed) if modelled else winas.times_of_sites(bed)
+    if not modelled:
+        winas.site_table(bed, latency)
     weights = winas.FULL_WEIGHTS if options.full else (winas.WEIGHT,)
     search = Settings(options.search_steps, RATES[0])
     names = winas.MODELLED if modelled else winas.UNIFORM

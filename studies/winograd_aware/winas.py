@@ -136,8 +136,7 @@ def fastest(bed: Bed, latency: Times) -> Form:
     return Form("fastest by the table", INT8, INT8, tuple(sorted((site, t) for site, (_, t) in own.items())))
 
 
-def site_table(bed: Bed) -> None:
-    found = times_of_sites(bed)
+def site_table(bed: Bed, found: Times) -> None:
     lines = []
     for site in bed.fitting:
         shape = bed.sites[site].operands[0].shape
