@@ -1,4 +1,4 @@
-"""What benchmarks measure with. No time is judged here."""
+"""What benchmarks measure with: rates are rates, and products are counted. No speed is claimed from here."""
 
 from __future__ import annotations
 

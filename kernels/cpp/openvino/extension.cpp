@@ -126,7 +126,8 @@ public:
 
     bool has_evaluate() const override { return true; }
 
-    // The plugin leaves what is thrown here unsaid, and the output as it was; false becomes its error.
+    // OpenVINO 2026.4 says nothing of what is thrown here, nor of false, and leaves the output as it was: what can be
+    // known before is refused in check_values, and the rest at least printed.
     bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override try {
         std::call_once(shared_->once, [&] {
             Arrays arrays;
