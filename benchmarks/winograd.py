@@ -1,11 +1,12 @@
 """Native Winograd convolutions against the runtimes' own int8, layer by layer and in whole networks.
 
-    python -m benchmarks.winograd [--full] [--threads 1] [--only layers|networks]
+    python -m benchmarks.winograd [--full] [--threads 1] [--only layers|products|networks]
 
 Batch 1, fixed shapes, everything through the targets and files that users have. *Layers*: ten equal 3x3 convolutions
 with weights of their own behind one another (weights come from memory, not from a cache): a tenth of the *chain*, and
 what a layer takes *inside*, the difference to a chain of two by eight, without the floating images at both ends; on one
-thread both are held against the bar. One *alone*, with its weights in the caches. *Products*: the share of the dot product's peak that the kernels' innermost loop attains.
+thread both are held against the bar. One *alone*, with its weights in the caches. *Products*: the share of the dot
+product's peak that the kernels' innermost loop attains.
 *Networks*: ResNet-18 and -50 shapes and a VGG-16 trunk, random weights with statistics of real images, ResNet-20 with
 its own; against the fastest int8 file in OpenVINO (Bitsmith's, ONNX Runtime's quantizer's, NNCF's), each opened five
 times. ``accelerate`` chooses the convolutions by their measured times, in each of them that is an ONNX file.
