@@ -43,7 +43,7 @@ AT = {
 }
 
 
-def scaled(d: Array, mul: int, bits: int) -> Array:
+def scaled(d: Array, mul: Array, bits: int) -> Array:
     """``vpmulhrsw`` and, with 8 bits, saturation."""
     v = (d * mul + 2**14) >> 15
     return np.clip(v, -128, 127) if bits == 8 else v
@@ -61,10 +61,20 @@ def output(f: Array) -> Array:
 
 
 def convolution(
-    x: Array, zero: int, u: Array, mul: Array, us: Array, bias: Array, tile: int, pads: tuple[int, ...], bits: int
+    x: Array,
+    zero: int,
+    u: Array,
+    mul: Array,
+    offset: Array,
+    us: Array,
+    bias: Array,
+    tile: int,
+    pads: tuple[int, ...],
+    bits: int,
 ) -> Array:
     """``v`` before residual and ReLU, [N, K, H', W'] float32. ``x``: integers of the input [N, C, H, W]; ``u`` [P, K,
-    C]; ``mul`` [P]; ``us`` [P, K] and ``bias`` [K] float32; ``pads``: top, left, bottom, right."""
+    C]; ``mul`` [P, C]; ``offset`` [C] of tap (1, 1); ``us`` [P, K] and ``bias`` [K] float32; ``pads``: top, left,
+    bottom, right."""
     n, channels, height, width = x.shape
     top, left, bottom, right = pads
     rows, columns = height + top + bottom - 2, width + left + right - 2
@@ -83,8 +93,12 @@ def convolution(
                 taps = np.stack([bt @ plane @ bt.T for plane in part]).reshape(channels, size * size)
                 assert np.abs(taps).max(initial=0) < 2**15
                 f = np.zeros((size * size, out), np.float32)
+                taps[:, size + 1] -= offset
                 for p in range(size * size):
-                    acc = u[p].astype(np.int64) @ scaled(taps[:, p], int(mul[p]), bits)
+                    factor = mul[p].astype(np.int64)
+                    acc = u[p].astype(np.int64) @ scaled(taps[:, p], factor, bits)
+                    if p == size + 1:
+                        acc = acc + ((u[p].astype(np.int64) @ (offset.astype(np.int64) * factor) + 2**14) >> 15)
                     assert np.abs(acc).max(initial=0) < 2**31
                     f[p] = acc.astype(np.float32) * us[p]
                 columns_first = output(f.reshape(size, size, out))  # [m, size, K]

@@ -133,7 +133,8 @@ def chains(
         parts = [padded[n % 2], grouped, less, us, bias, mul, first]
         # Halide's first axis is the innermost; of the taps, its i runs along the map's width: the last of ours
         theirs.append([hl.Buffer(part) for part in parts])
-        layer = Winograd(2, 8, u.reshape(16, channels, channels), mul.reshape(-1), us.reshape(16, -1), bias)
+        factors = np.repeat(mul.reshape(16, 1), channels, 1)
+        layer = Winograd(2, 8, u.reshape(16, channels, channels), factors, us.reshape(16, -1), bias)
         own = {"x": images[n % 2].ctypes.data, "y": second.ctypes.data, "y_levels": Levels(1.0, 0, 0), "high": 255}
         call = Call(batch=1, height=size, width=size, relu=1, threads=1, residual_levels=Levels(1.0, 0, 0), **own)
         ours.append((layer, call, images))  # the call has addresses only

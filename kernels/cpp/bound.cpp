@@ -12,7 +12,7 @@ const int* input_transform(int tile) {
     return tile == 2 ? two : four;
 }
 
-std::int64_t largest_v(int tile, int bits, int tap, int mul, int zero) {
+Interval interval_of(int tile, int tap, int zero) {
     const int size = tile + 2;
     const int* row = input_transform(tile) + tap / size * size;
     const int* column = input_transform(tile) + tap % size * size;
@@ -23,9 +23,12 @@ std::int64_t largest_v(int tile, int bits, int tap, int mul, int zero) {
             (w > 0 ? positive : negative) += std::abs(w);
         }
     const std::int64_t low = -zero, high = 255 - zero;
-    const std::int64_t least = positive * low - negative * high, greatest = positive * high - negative * low;
-    const auto scaled = [mul](std::int64_t d) { return (d * mul + (1 << 14)) >> 15; };
-    const std::int64_t v = std::max(std::abs(scaled(least)), std::abs(scaled(greatest)));
+    return {positive * low - negative * high, positive * high - negative * low};
+}
+
+std::int64_t largest_v(const Interval& d, int bits, int mul, int offset) {
+    const auto scaled = [&](std::int64_t value) { return ((value - offset) * mul + (1 << 14)) >> 15; };
+    const std::int64_t v = std::max(std::abs(scaled(d.low)), std::abs(scaled(d.high)));
     return bits == 8 ? std::min<std::int64_t>(v, 128) : v;
 }
 

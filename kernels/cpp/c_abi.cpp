@@ -28,7 +28,7 @@ bitsmith::Levels levels_of(const bitsmith_levels& from) { return {from.scale, fr
 
 }  // namespace
 
-int32_t bitsmith_abi(void) { return 2; }
+int32_t bitsmith_abi(void) { return 3; }
 
 const char* bitsmith_isas(void) {
     static const std::string names = [] {
@@ -51,6 +51,7 @@ bitsmith_layer* bitsmith_layer_new(const bitsmith_spec* from) {
         spec.channels_out = from->channels_out;
         spec.u = from->u;
         spec.mul = from->mul;
+        spec.offset = from->offset;
         spec.us = from->us;
         spec.bias = from->bias;
         spec.x_zero = from->x_zero;

@@ -15,7 +15,8 @@ typedef struct {
     int32_t tile, bits;
     int64_t channels_in, channels_out;
     const void* u;      /* int8 or int16 [taps][channels_out][channels_in] */
-    const int16_t* mul; /* [taps] */
+    const int16_t* mul; /* [taps][channels_in] */
+    const int16_t* offset; /* [channels_in] or NULL */
     const float* us;    /* [taps][channels_out] */
     const float* bias;  /* [channels_out] or NULL */
     int32_t x_zero, x_signed;

@@ -5,8 +5,10 @@
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "bound.h"
+#include "pack.h"
 
 namespace bitsmith {
 
@@ -51,19 +53,25 @@ void check_weights(const Spec& spec) {
     const T* u = static_cast<const T*>(spec.u);
     const int taps = (spec.tile + 2) * (spec.tile + 2);
     const int zero = spec.x_zero + (spec.x_signed ? 128 : 0);
+    // 8 bits: the limit is the contract's, whatever mul is
+    std::vector<std::int64_t> v(static_cast<std::size_t>(spec.channels_in), 128);
     for (int p = 0; p < taps; ++p) {
-        // 8 bits: the limit is the contract's, whatever mul is
-        const std::int64_t v = spec.bits == 8 ? 128 : largest_v(spec.tile, spec.bits, p, spec.mul[p], zero);
+        const Interval d = interval_of(spec.tile, p, zero);
+        const bool mean = p == mean_tap(spec.tile);
+        if (spec.bits != 8)
+            for (std::ptrdiff_t c = 0; c < spec.channels_in; ++c)
+                v[static_cast<std::size_t>(c)] =
+                    largest_v(d, spec.bits, spec.mul[p * spec.channels_in + c], mean && spec.offset ? spec.offset[c] : 0);
         for (std::ptrdiff_t k = 0; k < spec.channels_out; ++k) {
             const T* row = u + (p * spec.channels_out + k) * spec.channels_in;
-            std::int64_t sum = 0;
+            std::int64_t sum = mean ? std::abs(base_of(spec, k)) : 0;
             for (std::ptrdiff_t c = 0; c < spec.channels_in; ++c) {
                 if (spec.bits == 8 && row[c] == -128) refuse("u holds -128; must be in -127 .. 127 where bits is 8");
-                sum += std::abs(static_cast<std::int64_t>(row[c]));
+                sum += std::abs(static_cast<std::int64_t>(row[c])) * v[static_cast<std::size_t>(c)];
             }
-            if (sum * v >= std::int64_t{1} << 31)
+            if (sum >= std::int64_t{1} << 31)
                 refuse("the accumulator could overflow: at tap " + text(p) + " and output channel " + text(k) +
-                       " sum|u| * max|v| = " + text(sum) + " * " + text(v) + " = " + text(sum * v) +
+                       " |base| + the sum over input channels of |u| * max|v| is " + text(sum) +
                        "; must be below 2^31 = 2147483648. Use a larger weight scale or a smaller mul for this tap");
         }
     }
@@ -81,11 +89,16 @@ void check(const Spec& spec) {
     if (!available(spec.isa))
         refuse(std::string("isa ") + name_of(spec.isa) + " is not available on this CPU or in this build");
     const int taps = (spec.tile + 2) * (spec.tile + 2);
-    for (int p = 0; p < taps; ++p)
-        if (spec.mul[p] < 1) refuse("mul holds " + text(spec.mul[p]) + " at " + text(p) + "; must be in 1 .. 32767");
+    for (std::ptrdiff_t i = 0; i < taps * spec.channels_in; ++i)
+        if (spec.mul[i] < 1) refuse("mul holds " + text(spec.mul[i]) + " at " + text(i) + "; must be in 1 .. 32767");
+    need_levels({1, spec.x_zero, spec.x_signed}, "x");
+    const Interval reach = interval_of(spec.tile, mean_tap(spec.tile), spec.x_zero + (spec.x_signed ? 128 : 0));
+    for (std::ptrdiff_t c = 0; spec.offset && c < spec.channels_in; ++c)
+        if (spec.offset[c] < reach.low || spec.offset[c] > reach.high)
+            refuse("offset holds " + text(spec.offset[c]) + " at " + text(c) + "; must be in " + text(reach.low) + " .. " +
+                   text(reach.high) + ", which tap (1, 1) reaches");
     for (const int pad : {spec.pad_top, spec.pad_left, spec.pad_bottom, spec.pad_right})
         if (pad < 0 || pad > 2) refuse("a pad is " + text(pad) + "; each must be 0, 1 or 2");
-    need_levels({1, spec.x_zero, spec.x_signed}, "x");
     need_moderate(spec.us, taps * spec.channels_out, "us");
     if (spec.bias) need_moderate(spec.bias, spec.channels_out, "bias");
     if (spec.bits == 16) return check_weights<std::int16_t>(spec);

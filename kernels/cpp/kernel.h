@@ -7,7 +7,6 @@
 
 namespace bitsmith {
 
-constexpr int max_taps = 36;
 constexpr std::ptrdiff_t max_block_tiles = 128;
 
 // One layer, packed for one instruction set.
@@ -16,18 +15,19 @@ constexpr std::ptrdiff_t max_block_tiles = 128;
 // column of lanes), a group is 4 bytes of the reduced dimension: 4 int8 channels or 2 int16 channels. Channels that do
 // not exist are zero. `start` and `us` are [block][tap][column][lane], `bias` is [block][column][lane]. Where a kernel takes
 // the T taps of a column together they are in columns: tap i * T + j of the transform is the (j * T + i)-th, and `u` is
-// [block][j][group][i][column][lane][4 bytes].
+// [block][j][group][i][column][lane][4 bytes]. `mul` is [chunk][tap][channel of the chunk], as the input transform reads it,
+// 0 for channels that do not exist; behind its taps stands what is taken from the raw tap (1, 1), modulo 2^16.
 struct Packed {
     std::ptrdiff_t channels_in;
     std::ptrdiff_t channels_out;
     std::ptrdiff_t groups;
     const std::uint8_t* u;
-    const std::int32_t* start;   // what the accumulators begin with: -128 * sum(u) where V is kept as V + 128, else 0
+    const std::int32_t* start;   // what the accumulators begin with: base, less 128 * sum(u) where V is kept as V + 128
     const float* us;
     const float* bias;
+    const std::int16_t* mul;
     const std::uint8_t* outside; // a pixel of the zero point, for what lies outside the image
-    std::int16_t mul[max_taps];
-    std::int32_t x_zero;         // in the type of x
+    std::int32_t x_zero;         // in the type of x; `outside` and `mul` hold it too
     std::ptrdiff_t v_row;        // bytes of one row of V
     std::ptrdiff_t v_tap;        // bytes of all rows of V of one tap
     std::ptrdiff_t block_tiles;  // tiles transformed together

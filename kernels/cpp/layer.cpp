@@ -57,23 +57,23 @@ Layer::Layer(const Spec& spec)
     packed_.channels_in = spec.channels_in;
     packed_.channels_out = spec.channels_out;
     packed_.groups = (spec.channels_in * size + 3) / 4;
-    std::copy_n(spec.mul, taps, packed_.mul);
     packed_.x_zero = spec.x_zero;
     packed_.v_row = round_up(spec.channels_in, kernel_->chunk) * size;
     packed_.group_tiles = group_tiles_of(*kernel_, taps * packed_.groups * 2 * kernel_->lanes * 4);
     packed_.block_tiles = block_tiles_of(*kernel_, packed_.group_tiles, packed_.v_row * taps);
     // an odd number of lines beyond 4096 bytes, so that the taps of one tile do not share a set of the cache
     packed_.v_tap = round_up(packed_.block_tiles * packed_.v_row, 4096) + 3 * 64;
-    pack(spec, *kernel_, {u_, start_, us_, bias_, outside_});
+    pack(spec, *kernel_, {u_, start_, us_, bias_, mul_, outside_});
     packed_.u = u_.as<std::uint8_t>();
     packed_.start = start_.as<std::int32_t>();
     packed_.us = us_.as<float>();
     packed_.bias = bias_.as<float>();
+    packed_.mul = mul_.as<std::int16_t>();
     packed_.outside = outside_.as<std::uint8_t>();
 }
 
 std::size_t Layer::packed_bytes() const {
-    return u_.size() + start_.size() + us_.size() + bias_.size() + outside_.size();
+    return u_.size() + start_.size() + us_.size() + bias_.size() + mul_.size() + outside_.size();
 }
 
 std::size_t Layer::scratch_bytes() const {

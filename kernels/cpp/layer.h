@@ -19,7 +19,8 @@ struct Spec {
     std::ptrdiff_t channels_in = 0;
     std::ptrdiff_t channels_out = 0;
     const void* u = nullptr;             // [taps][channels_out][channels_in], int8 or int16 as bits says
-    const std::int16_t* mul = nullptr;   // [taps]
+    const std::int16_t* mul = nullptr;   // [taps][channels_in]
+    const std::int16_t* offset = nullptr;  // [channels_in], or null: taken from D at tap (1, 1)
     const float* us = nullptr;           // [taps][channels_out]
     const float* bias = nullptr;         // [channels_out], or null
     int x_zero = 0;                      // in the type of x
@@ -75,7 +76,7 @@ private:
     int pads_[4];                        // top, left, bottom, right
     const Kernel* kernel_;
     Packed packed_;
-    Buffer u_, start_, us_, bias_, outside_;
+    Buffer u_, start_, us_, bias_, mul_, outside_;
 };
 
 }  // namespace bitsmith

@@ -29,15 +29,30 @@ void pack_weights(const Spec& spec, const Kernel& kernel, const PackedBuffers& t
             const std::ptrdiff_t outer = kernel.together > 1 ? p % kernel.together * kernel.together : p;
             V* row = packed + ((block * 2 * taps + outer * wide) * groups + inner * wide + column) * lanes * per_group +
                      lane * per_group;
-            std::int32_t sum = 0;
+            std::int64_t sum = 0;
             for (std::ptrdiff_t c = 0; c < spec.channels_in; ++c) {
                 row[c / per_group * kernel.together * wide * lanes * per_group + c % per_group] = from[c];
                 sum += from[c];
             }
             const std::ptrdiff_t at = (block * 2 * taps + (outer + inner) * wide + column) * lanes + lane;
-            start[at] = kernel.bytes ? -128 * sum : 0;  // fits: |sum| * 128 is within the bound
+            const std::int64_t base = p == mean_tap(spec.tile) ? base_of(spec, k) : 0;
+            // may wrap around as the sum does: the last value is what fits
+            start[at] = static_cast<std::int32_t>(static_cast<std::uint32_t>(base - (kernel.bytes ? 128 * sum : 0)));
             us[at] = spec.us[p * spec.channels_out + k];
         }
+    }
+}
+
+void pack_multipliers(const Spec& spec, const Kernel& kernel, const PackedBuffers& to) {
+    const std::ptrdiff_t taps = (spec.tile + 2) * (spec.tile + 2), chunk = kernel.chunk;
+    const std::ptrdiff_t padded = (spec.channels_in + chunk - 1) / chunk * chunk;
+    std::int16_t* mul =
+        static_cast<std::int16_t*>(to.mul.reserve(static_cast<std::size_t>((taps + 1) * padded) * sizeof(std::int16_t)));
+    const int zero = spec.x_zero * (spec.tile == 2 ? 2 * 2 : 6 * 6);  // sums of the rows 1 of B^T
+    for (std::ptrdiff_t c = 0; c < spec.channels_in; ++c) {
+        std::int16_t* const first = mul + c / chunk * (taps + 1) * chunk + c % chunk;
+        for (std::ptrdiff_t p = 0; p < taps; ++p) first[p * chunk] = spec.mul[p * spec.channels_in + c];
+        first[taps * chunk] = static_cast<std::int16_t>(zero + (spec.offset ? spec.offset[c] : 0));
     }
 }
 
@@ -48,9 +63,25 @@ void keep_weights(const Spec& spec, const PackedBuffers& to) {
     const std::size_t bytes = rows * static_cast<std::size_t>(spec.channels_in * spec.bits / 8);
     std::memcpy(to.u.reserve(bytes), spec.u, bytes);
     std::memcpy(to.us.reserve(rows * sizeof(float)), spec.us, rows * sizeof(float));
+    std::int32_t* start = static_cast<std::int32_t*>(to.start.reserve(rows * sizeof(std::int32_t)));
+    for (std::ptrdiff_t k = 0; k < spec.channels_out; ++k)
+        start[mean_tap(spec.tile) * spec.channels_out + k] = static_cast<std::int32_t>(base_of(spec, k));
 }
 
 }  // namespace
+
+std::int64_t base_of(const Spec& spec, std::ptrdiff_t k) {
+    if (!spec.offset) return 0;
+    const std::ptrdiff_t channels = spec.channels_in, tap = mean_tap(spec.tile);
+    const std::ptrdiff_t row = (tap * spec.channels_out + k) * channels;
+    std::int64_t sum = 0;
+    for (std::ptrdiff_t c = 0; c < channels; ++c) {
+        const std::int64_t u = spec.bits == 8 ? static_cast<const std::int8_t*>(spec.u)[row + c]
+                                              : static_cast<const std::int16_t*>(spec.u)[row + c];
+        sum += u * spec.offset[c] * spec.mul[tap * channels + c];
+    }
+    return (sum + (1 << 14)) >> 15;
+}
 
 void pack(const Spec& spec, const Kernel& kernel, const PackedBuffers& to) {
     if (kernel.lanes == 1)
@@ -65,6 +96,7 @@ void pack(const Spec& spec, const Kernel& kernel, const PackedBuffers& to) {
     const std::ptrdiff_t padded = (spec.channels_out + lanes - 1) / lanes * lanes;
     float* bias = static_cast<float*>(to.bias.reserve(static_cast<std::size_t>(padded) * sizeof(float)));
     if (spec.bias) std::copy_n(spec.bias, spec.channels_out, bias);
+    pack_multipliers(spec, kernel, to);
     const std::size_t pixel = static_cast<std::size_t>(spec.channels_in);
     std::memset(to.outside.reserve(pixel), spec.x_zero, pixel);
 }

@@ -36,7 +36,10 @@ void transform(const Packed& layer, const Pass& pass, std::ptrdiff_t image, std:
             for (int j = 0; j < T; ++j) {
                 int sum = 0;
                 for (int k = 0; k < T; ++k) sum += half[i][k] * b[j * T + k];
-                int scaled = (sum * layer.mul[i * T + j] + (1 << 14)) >> 15;
+                const std::int16_t* const mul = layer.mul + c * (T * T + 1);
+                // B^T takes the zero point out of all other taps; here it is out of d already
+                if (i == 1 && j == 1) sum -= mul[T * T] - layer.x_zero * (Tile == 2 ? 2 * 2 : 6 * 6);
+                int scaled = (sum * mul[i * T + j] + (1 << 14)) >> 15;
                 if (Bits == 8) scaled = std::clamp(scaled, -128, 127);
                 v[(i * T + j) * layer.channels_in + c] = static_cast<std::int16_t>(scaled);
             }
@@ -66,7 +69,7 @@ void channel(const Packed& layer, const Pass& pass, std::ptrdiff_t image, std::p
     float f[taps], half[Tile * T], o[Tile * Tile];
     for (int p = 0; p < taps; ++p) {
         const std::ptrdiff_t row = (p * layer.channels_out + k) * layer.channels_in;
-        std::int32_t acc = 0;
+        std::int32_t acc = layer.start[p * layer.channels_out + k];
         for (std::ptrdiff_t c = 0; c < layer.channels_in; ++c) {
             const int u = Bits == 8 ? reinterpret_cast<const std::int8_t*>(layer.u)[row + c]
                                     : reinterpret_cast<const std::int16_t*>(layer.u)[row + c];

@@ -38,12 +38,22 @@ class Case:
     x: Array
     x_zero: int = 0
     pads: tuple[int, int, int, int] = (1, 1, 1, 1)
+    offset: Array | None = None
     call: dict[str, Any] = field(default_factory=lambda: {"scale": 1.0})
 
     def layer(self) -> dict[str, Any]:
         """Arguments of ``Winograd`` but for ``isa``."""
-        names = ("tile", "bits", "u", "mul", "us", "bias", "x_zero", "pads")
+        names = ("tile", "bits", "u", "mul", "us", "bias", "x_zero", "pads", "offset")
         return {name: getattr(self, name) for name in names} | {"x_signed": self.x.dtype == np.int8}
+
+
+def _mean_tap(case: Case) -> int:
+    """Tap (1, 1)."""
+    return case.tile + 3
+
+
+def _offset(case: Case) -> Array:
+    return np.zeros(case.u.shape[2], np.int64) if case.offset is None else case.offset.astype(np.int64)
 
 
 def transformed(case: Case) -> Array:
@@ -60,7 +70,8 @@ def transformed(case: Case) -> Array:
     b = _B[case.tile]
     taps = np.einsum("ia,nyxcab,jb->ijnyxc", b, tiles, b).reshape(t * t, *tiles.shape[:4])
     assert np.abs(taps).max(initial=0) < 2**15
-    return (taps * case.mul.astype(np.int64).reshape(-1, 1, 1, 1, 1) + 2**14) >> 15
+    taps[_mean_tap(case)] -= _offset(case)
+    return (taps * case.mul.astype(np.int64)[:, None, None, None, :] + 2**14) >> 15
 
 
 def _transform_back(f: Array, tile: int) -> list[Array]:
@@ -79,6 +90,9 @@ def run(case: Case) -> Array:
     if case.bits == 8:
         v = np.clip(v, -128, 127)
     acc = np.einsum("pnyxc,pkc->pnyxk", v, case.u.astype(np.int64))
+    centre = _mean_tap(case)
+    moved = case.u[centre].astype(np.int64) @ (_offset(case) * case.mul[centre].astype(np.int64))
+    acc[centre] += (moved + 2**14) >> 15
     assert np.abs(acc).max(initial=0) < 2**31
     f = acc.astype(np.int32).astype(np.float32) * case.us.astype(np.float32)[:, None, None, None, :]
     t, m = case.tile + 2, case.tile
@@ -105,13 +119,26 @@ def run(case: Case) -> Array:
     return np.clip(level, low, high).astype(kind)
 
 
+def reach(case: Case) -> tuple[int, int]:
+    """Least and greatest D at tap (1, 1)."""
+    w = np.outer(_B[case.tile][1], _B[case.tile][1])
+    zero = case.x_zero + (128 if case.x.dtype == np.int8 else 0)
+    low, high = -w[w > 0].sum() * zero, w[w > 0].sum() * (255 - zero)
+    return int(low + w[w < 0].sum() * (255 - zero)), int(high - w[w < 0].sum() * zero)
+
+
 def largest(case: Case) -> Array:
-    """max|V[p]| over all images, [P], by the corners: each pixel at whichever end of its range pushes D furthest."""
+    """max|V[p, c]| over all images and what an offset adds, [P, C], by the corners: each pixel at whichever end of its
+    range pushes D furthest."""
     b = _B[case.tile]
     w = np.einsum("ia,jb->ijab", b, b).reshape(len(case.mul), -1)
     zero = case.x_zero + (128 if case.x.dtype == np.int8 else 0)
     ends = []
     for x in (np.where(w > 0, 255, 0), np.where(w > 0, 0, 255)):
-        d = (w * (x - zero)).sum(1)
+        d = (w * (x - zero)).sum(1)[:, None] - np.zeros_like(case.mul, np.int64)
+        d[_mean_tap(case)] -= _offset(case)
         ends.append(np.abs((d * case.mul.astype(np.int64) + 2**14) >> 15))
-    return np.maximum(*ends)
+    most = np.maximum(*ends)
+    # base, as one more V of the same weights
+    most[_mean_tap(case)] += np.abs(_offset(case) * case.mul[_mean_tap(case)].astype(np.int64)) // 2**15 + 1
+    return most

@@ -26,7 +26,7 @@ struct Random {
 
 struct Weights {
     std::vector<std::int8_t> u8;
-    std::vector<std::int16_t> u16, mul;
+    std::vector<std::int16_t> u16, mul, offset;
     std::vector<float> us, bias;
 };
 
@@ -47,14 +47,19 @@ Spec random_spec(Random& random, Weights& w) {
     w.u16.resize(size);
     for (auto& u : w.u8) u = static_cast<std::int8_t>(random.in(-127, 127));
     for (auto& u : w.u16) u = static_cast<std::int16_t>(random.in(-1000, 1000));
-    w.mul.resize(static_cast<std::size_t>(taps));
+    w.mul.resize(static_cast<std::size_t>(taps * spec.channels_in));
     for (auto& m : w.mul) m = static_cast<std::int16_t>(random.in(1, 32767));
+    // D at tap (1, 1) lies between -zero and 255 - zero times at least 4
+    w.offset.resize(static_cast<std::size_t>(spec.channels_in));
+    const int zero = spec.x_zero + (spec.x_signed ? 128 : 0);
+    for (auto& o : w.offset) o = static_cast<std::int16_t>(4 * random.in(-zero, 255 - zero));
     w.us.resize(rows);
     for (auto& s : w.us) s = static_cast<float>(random.in(1, 1000)) * (spec.bits == 8 ? 1e-6f : 1e-8f);
     w.bias.resize(static_cast<std::size_t>(spec.channels_out));
     for (auto& b : w.bias) b = static_cast<float>(random.in(-100, 100)) * 0.3f;
     spec.u = spec.bits == 8 ? static_cast<const void*>(w.u8.data()) : w.u16.data();
     spec.mul = w.mul.data();
+    spec.offset = random.coin() ? w.offset.data() : nullptr;
     spec.us = w.us.data();
     spec.bias = random.coin() ? w.bias.data() : nullptr;
     return spec;

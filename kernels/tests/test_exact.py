@@ -22,7 +22,7 @@ def bounded(rng: np.random.Generator, case: Case, extreme: bool) -> np.ndarray:
     taps, channels_out, channels_in = case.u.shape
     u = np.empty(case.u.shape, np.int16)
     for p in range(taps):
-        limit = min((2**31 - 1) // max(int(most[p]), 1) // channels_in, 32767)
+        limit = min((2**31 - 1) // max(int(most[p].sum()), 1), 32767)
         size = (channels_out, channels_in)
         u[p] = limit * rng.choice([-1, 1], size) if extreme else rng.integers(-limit, limit + 1, size)
     return u
@@ -62,11 +62,15 @@ def make(
     low, high = (2000, 32768) if saturate else (100, 32768 * 127 // (1020 if tile == 2 else 25500))
     if bits == 16:
         low, high = 1, 32768
-    mul = rng.integers(low, high, taps)
+    mul = rng.integers(low, high, (taps, channels_in))
     if extreme and bits == 16:
         mul[:] = 32767
     u = np.zeros((taps, channels_out, channels_in), np.int8 if bits == 8 else np.int16)
     case = Case(tile, bits, u, mul, np.ones((taps, channels_out)), None, x, x_zero, pads)
+    if rng.integers(0, 3):
+        least, greatest = contract.reach(case)
+        ends = np.array([least, greatest])
+        case.offset = rng.choice(ends, channels_in) if extreme else rng.integers(least, greatest + 1, channels_in)
     if bits == 16:
         case.u = bounded(rng, case, extreme)
     elif extreme:
@@ -205,7 +209,7 @@ def test_ties_round_to_even() -> None:
     u = np.zeros((16, 1, 1), np.int8)
     u[5] = 1
     x = np.arange(64, dtype=np.uint8).reshape(1, 8, 8, 1)
-    case = Case(2, 8, u, np.full(16, 16384), np.full((16, 1), 0.5, np.float32), None, x, 0, (0, 0, 0, 0))
+    case = Case(2, 8, u, np.full((16, 1), 16384), np.full((16, 1), 0.5, np.float32), None, x, 0, (0, 0, 0, 0))
     agree(case)
     assert (np.diff(contract.run(case).ravel().astype(int)) % 2 == 0).any()
 
@@ -235,7 +239,7 @@ def test_matches_a_plain_convolution() -> None:
     x = rng.integers(0, 32, (2, 7, 10, 6), np.uint8)
     # V = D / 2 must be exact as well: even pixels, and mul of a half
     x = x - x % 2
-    layer = Winograd(2, 8, u.astype(np.int8), np.full(16, 16384), np.full((16, 5), 2 / 64), None)
+    layer = Winograd(2, 8, u.astype(np.int8), np.full((16, 6), 16384), np.full((16, 5), 2 / 64), None)
     y = layer(x, scale=1.0, signed=True)
     padded = np.pad(x.astype(int), ((0, 0), (1, 1), (1, 1), (0, 0)))
     windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))

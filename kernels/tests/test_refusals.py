@@ -16,7 +16,7 @@ def arguments(tile: int = 2, bits: int = 8, channels_in: int = 3, channels_out: 
         "tile": tile,
         "bits": bits,
         "u": np.ones((taps, channels_out, channels_in), np.int8 if bits == 8 else np.int16),
-        "mul": np.full(taps, 100),
+        "mul": np.full((taps, channels_in), 100),
         "us": np.ones((taps, channels_out), np.float32),
         "bias": np.zeros(channels_out, np.float32),
     }
@@ -30,12 +30,18 @@ def arguments(tile: int = 2, bits: int = 8, channels_in: int = 3, channels_out: 
         ({"u": np.ones((16, 5, 3), np.int16)}, "u is int16"),
         ({"u": np.ones((36, 5, 3), np.int8)}, r"must be int8 \(16, K, C\)"),
         ({"u": np.ones((16, 15), np.int8)}, "u is int8"),
-        ({"u": np.ones((16, 5, 0), np.int8)}, "at least 1 of each"),
+        ({"u": np.ones((16, 5, 0), np.int8), "mul": np.ones((16, 0), int)}, "at least 1 of each"),
         ({"u": np.full((16, 5, 3), -128, np.int8)}, "-127 .. 127"),
-        ({"mul": np.zeros(16, int)}, "1 .. 32767"),
-        ({"mul": np.full(16, 32768)}, "1 .. 32767"),
-        ({"mul": np.full(16, 1.5)}, "integers"),
-        ({"mul": np.full(36, 5)}, "mul is"),
+        ({"mul": np.zeros((16, 3), int)}, "1 .. 32767"),
+        ({"mul": np.full((16, 3), 32768)}, "1 .. 32767"),
+        ({"mul": np.full((16, 3), 1.5)}, "integers"),
+        ({"mul": np.full((36, 3), 5)}, "mul is"),
+        ({"mul": np.full(16, 5)}, r"mul is .*must be integers \(16, 3\)"),
+        ({"offset": np.zeros(5, int)}, r"offset is .*must be integers \(3,\)"),
+        ({"offset": np.zeros(3)}, "offset is float64"),
+        ({"offset": np.array([0, 0, 1021])}, r"offset holds 1021 at 2; must be in 0 \.\. 1020, which tap \(1, 1\)"),
+        ({"offset": np.full(3, -1021), "x_zero": 255}, r"offset holds -1021 at 0; must be in -1020 \.\. 0"),
+        ({"offset": np.full(3, 2**15)}, r"must be in -32768 \.\. 32767"),
         ({"us": np.ones((16, 4), np.float32)}, "us is"),
         ({"us": np.full((16, 5), np.nan, np.float32)}, "us holds nan.*finite"),
         ({"us": np.full((16, 5), 1e300)}, "us holds inf.*finite"),
@@ -64,7 +70,7 @@ def test_layers(change: dict[str, Any], message: str) -> None:
 def test_overflow_of_16_bits_is_refused_at_the_bound_and_not_below(isa: str, x_signed: bool) -> None:
     """Tap (0, 0) of F(2, 3) is d00 - d02 - d20 + d22, so |D| <= 510; mul 32767 leaves 510."""
     given = arguments(2, 16, channels_in=200, channels_out=2)
-    given |= {"mul": np.full(16, 32767), "u": np.zeros((16, 2, 200), np.int16), "isa": isa, "x_signed": x_signed}
+    given |= {"mul": np.full((16, 200), 32767), "u": np.zeros((16, 2, 200), np.int16), "isa": isa, "x_signed": x_signed}
     given["x_zero"] = -128 if x_signed else 0
     # zero point 0: D is at most 255 * 2 at both ends
     most = (2**31 - 1) // 510
@@ -73,10 +79,10 @@ def test_overflow_of_16_bits_is_refused_at_the_bound_and_not_below(isa: str, x_s
     assert int(given["u"][0, 1].sum()) == most
     Winograd(**given)
     given["u"][0, 1, 5] += 1
-    with pytest.raises(
-        ValueError, match=r"tap 0 and output channel 1 .* = 4210753 \* 510 = 2147484030; must be below 2\^31"
-    ):
+    with pytest.raises(ValueError, match=r"tap 0 and output channel 1 .* is 2147484030; must be below 2\^31"):
         Winograd(**given)
+    given["mul"][0, 5] = 16384  # this channel leaves half
+    Winograd(**given)
 
 
 def test_overflow_of_8_bits_is_refused_by_channels() -> None:
@@ -136,3 +142,18 @@ def test_what_an_inspector_reads() -> None:
     assert layer.isa == isas()[0]
     assert repr(layer) == f"Winograd(tile=2, bits=8, 3 -> 5 channels, isa='{isas()[0]}')"
     assert layer.packed_bytes >= 16 * 5 * 3
+
+
+@pytest.mark.parametrize("isa", isas())
+def test_overflow_counts_what_the_offset_adds(isa: str) -> None:
+    """Tap (1, 1) of F(2, 3) is a sum of four pixels: with an offset of half |V| <= 510, and base is 510 for each u."""
+    given = arguments(2, 16, channels_in=200, channels_out=2)
+    given |= {"mul": np.full((16, 200), 32767), "u": np.zeros((16, 2, 200), np.int16), "isa": isa}
+    given["u"][5, 1, :] = 2**31 // 1020 // 200
+    given["offset"] = np.full(200, 510)
+    Winograd(**given)
+    given["u"][5, 1, :] += 1  # base is rounded down a little
+    Winograd(**given)
+    given["u"][5, 1, :] += 1
+    with pytest.raises(ValueError, match=r"tap 5 and output channel 1 \|base\| \+ .* is 2147[0-9]{6}; must be below"):
+        Winograd(**given)

@@ -13,7 +13,7 @@ from bitsmith_kernels import Winograd, compiler, isas, peak
 def layer(isa: str, channels: int, tile: int = 2) -> Winograd:
     taps = (tile + 2) ** 2
     weights = np.ones((taps, channels, channels), np.int8)
-    return Winograd(tile, 8, weights, np.full(taps, 1024), np.ones((taps, channels)), None, isa=isa)
+    return Winograd(tile, 8, weights, np.full((taps, channels), 1024), np.ones((taps, channels)), None, isa=isa)
 
 
 def test_a_peak_is_a_rate_and_the_reference_has_none() -> None:

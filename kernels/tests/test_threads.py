@@ -16,7 +16,7 @@ from bitsmith_kernels import Winograd
 def made() -> tuple[Winograd, dict[str, Any]]:
     rng = np.random.default_rng(0)
     u = rng.integers(-127, 128, (16, 64, 64)).astype(np.int8)
-    layer = Winograd(2, 8, u, np.full(16, 3000), np.full((16, 64), 0.001), None)
+    layer = Winograd(2, 8, u, np.full((16, 64), 3000), np.full((16, 64), 0.001), None)
     return layer, {"x": rng.integers(0, 256, (1, 14, 14, 64), np.uint8), "scale": 1.0, "zero": 128}
 
 

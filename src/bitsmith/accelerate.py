@@ -18,7 +18,6 @@ from .export.winograd import Candidate, Levels, Packed, convolutions, name_of, w
 from .numerics import winograd as algorithm
 from .numerics.taps import TapObserver, TapStatistics
 from .plan import Plan
-from .site import Range
 from .targets._openvino_kernels import missing
 from .targets.base import Array, Artifact, Target, TargetError, Timing
 from .targets.openvino import OpenVino
@@ -293,12 +292,15 @@ def packed(what: Candidate, bits: int, taps: TapStatistics) -> Packed:
     g = algorithm.transforms(tile).tensors(torch.float64)[2]
     real = algorithm.transformed_weight(torch.from_numpy(what.weight), g, g)
     low, high = algorithm.tap_bounds(algorithm.input_matrix(tile, (3, 3)), *_ends(what.x))
-    mul, bound = algorithm.fixed_point(real, taps.limits(Range("mse")), taps.power, (low, high), bits)
-    units = algorithm.weight_steps(real, bound, bits)
+    tap = taps.tiling.mean_tap
+    scaling = algorithm.fixed_point(real, taps.extremes * taps.beyond, taps.power, (low, high), tap, bits)
+    real = real * scaling.steps[:, None]
+    units = algorithm.weight_steps(real, scaling.bound, bits)
     u = torch.round(real / units[:, :, None]).to(torch.int8 if bits == 8 else torch.int16)
-    algorithm.check_accumulator(u, bound, what.name)
-    us = units * (what.x.scale * 2.0**15 / mul.double())[:, None]
-    return Packed(tile, bits, u.numpy(), mul.to(torch.int16).numpy(), us.float().numpy())
+    algorithm.check_accumulator(u, scaling, tap, what.name)
+    us = (units * what.x.scale).float()
+    mul, offset = (values.to(torch.int16).numpy() for values in (scaling.mul, scaling.offset))
+    return Packed(tile, bits, u.numpy(), mul, offset, us.numpy())
 
 
 def _ends(x: Levels) -> tuple[int, int]:

@@ -13,10 +13,11 @@ from winograd_reference import convolution
 class WinogradConv(OpRun):  # type: ignore[misc]
     op_domain = "bitsmith"
 
-    def _run(self, x: Any, u: Any, mul: Any, us: Any, bias: Any, residual: Any = None, **given: Any) -> Any:
+    def _run(self, x: Any, *arrays: Any, **given: Any) -> Any:
+        u, mul, offset, us, bias, residual = (*arrays, None)[:6]
         channels_first = x.transpose(0, 3, 1, 2)
         settings = (given["tile"], tuple(given["pads"]), given["bits"])
-        y = convolution(channels_first, given["x_zero"], u, mul, us, bias, *settings).transpose(0, 2, 3, 1)
+        y = convolution(channels_first, given["x_zero"], u, mul, offset, us, bias, *settings).transpose(0, 2, 3, 1)
         if residual is not None:
             levels = residual.astype(np.float32) - np.float32(given["residual_zero"])
             y = y + levels * np.float32(given["residual_scale"])

@@ -34,18 +34,33 @@ def integers(net: nn.Module, name: str, x: Tensor) -> tuple[np.ndarray, int, flo
 
 
 def contract(net: nn.Module, name: str, x: Tensor, weight: Tensor, bias: Tensor | None, pads: int) -> np.ndarray:
-    """The kernels' result for what a layer should pack: nothing of the cell but its calibrated peaks is used."""
+    """The kernels' result for what a layer should pack: nothing of the cell but its calibrated limits is used."""
     cell = computer_of(net).cells[name]
     tile = cell.tile
     q, zero, scale = integers(net, name, x)
     g = reference.G[tile]
     u = np.einsum("ia,kcab,jb->ijkc", g, weight.detach().double().numpy(), g).reshape(-1, *weight.shape[:2])
-    peak = np.maximum(cell.tap_peak.double().numpy() / scale, 1e-6)
+    matrix = np.kron(reference.BT[tile], reference.BT[tile])
+    moved = np.abs(matrix).sum(1, keepdims=True) / 2  # by rounding the input
+    least, greatest = cell.levels
+    low, high = cell.tap_limits.double().numpy() / scale
+    seen = high > low
+    corners = (least - zero, greatest - zero)
+    low = np.maximum(low - moved * seen, sum(np.minimum(matrix * end, 0).sum(1, keepdims=True) for end in corners))
+    high = np.minimum(high + moved * seen, sum(np.maximum(matrix * end, 0).sum(1, keepdims=True) for end in corners))
+    offset = np.rint((low + high)[tile + 3] / 2)
+    low[tile + 3] -= offset
+    high[tile + 3] -= offset
+    peak = np.maximum(-low, high)
+    peak = np.maximum(np.maximum(peak, peak.max(1, keepdims=True) / 2), 1e-6)
     mul = np.clip(np.floor(127 / peak * 2**15), 1, 2**15 - 1).astype(np.int64)
+    u = u * (2.0**15 / mul)[:, None]
     unit = np.abs(u).max(2) / 127
-    us = (scale * 2.0**15 / mul[:, None] * unit).astype(np.float32)
+    us = (unit * scale).astype(np.float32)
     b = np.zeros(u.shape[1], np.float32) if bias is None else bias.detach().numpy()
-    return reference.convolution(q, zero, np.rint(u / unit[:, :, None]), mul, us, b, tile, (pads,) * 4, 8)
+    return reference.convolution(
+        q, zero, np.rint(u / unit[:, :, None]), mul, offset.astype(np.int64), us, b, tile, (pads,) * 4, 8
+    )
 
 
 # -- the integer path --------------------------------------------------------------------------------------------------
@@ -95,7 +110,8 @@ def test_the_normalisation_is_folded_before_the_weights_are_transformed(tile: An
 
 @pytest.mark.parametrize(("tile", "bits"), list(itertools.product([2, 4], [8, 16])))
 def test_what_ships_computes_the_same(tile: Any, bits: Any) -> None:
-    """``u``, ``mul``, ``us``, ``bias_f`` alone give the simulated result, by the plain contract and the operation."""
+    """``u``, ``mul``, ``offset``, ``us``, ``bias_f`` alone give the simulated result, by the plain contract and the
+    operation."""
     torch.manual_seed(0)
     model, x = Normalised(bias=True).eval(), torch.randn(2, 5, 9, 7)
     net = bs.apply(model, bs.Plan({"conv": Winograd(tile, bits)}), [(x, None)])
@@ -107,9 +123,10 @@ def test_what_ships_computes_the_same(tile: Any, bits: Any) -> None:
         assert torch.equal(shipped(x), simulated)
     assert cell.u.dtype == (torch.int8 if bits == 8 else torch.int16)
     assert (cell.mul.dtype, cell.us.dtype, cell.bias_f.dtype) == (torch.int16, torch.float32, torch.float32)
+    assert (cell.offset.dtype, cell.offset.shape) == (torch.int16, (5,))
     assert cell.u.shape == ((tile + 2) ** 2, 6, 5)
     assert cell.input_scale == scale
-    parts = [getattr(cell, name).numpy() for name in ("u", "mul", "us", "bias_f")]
+    parts = [getattr(cell, name).numpy() for name in ("u", "mul", "offset", "us", "bias_f")]
     wanted = reference.convolution(q, zero, *parts, tile, (1, 1, 1, 1), bits)
     np.testing.assert_array_equal(simulated.numpy(), np.maximum(wanted, 0))
 
@@ -235,7 +252,7 @@ def test_the_batches_of_calibration_count_together() -> None:
     layer, x = nn.Conv2d(4, 4, 3, padding=1), torch.randn(8, 4, 9, 9)
     whole, cell = one(layer, Winograd(), x)
     parts, other = one(layer, Winograd(), *x.split(3))
-    assert torch.equal(cell.tap_peak, other.tap_peak)
+    torch.testing.assert_close(cell.tap_limits, other.tap_limits)
     torch.testing.assert_close(cell.tap_power, other.tap_power)
     with torch.no_grad():
         assert torch.equal(whole(x), parts(x))
@@ -252,9 +269,9 @@ def test_a_range_of_weights_by_squared_error() -> None:
         frozen = computer_of(shipped).cells["0"]
         g = torch.from_numpy(reference.G[2])
         u = torch.einsum("ia,kcab,jb->ijkc", g, layer.weight.double(), g).reshape(-1, 64)
+        u = (u.view(16, 8, 64) * (2.0**15 / frozen.mul.double())[:, None]).flatten(0, 1)
         steps = weight_qparams(u, 8, True, 0, None, Range("mse"))[0].view(16, 8)
-        unit = frozen.us / (frozen.input_scale * 2.0**15 / frozen.mul.float()[:, None])
-        torch.testing.assert_close(unit, steps, rtol=1e-5, atol=0)
+        torch.testing.assert_close(frozen.us / frozen.input_scale, steps, rtol=1e-5, atol=0)
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -286,7 +303,7 @@ def test_taps_that_saturate_pass_no_gradient(tile: Any) -> None:
     torch.manual_seed(0)
     layer, x = nn.Conv2d(3, 4, 3, padding=1), torch.rand(2, 3, 8, 8)
     net, cell = one(layer, Winograd(tile), x)
-    cell.tap_peak.div_(3)
+    cell.tap_limits.div_(3)
     leaf = x.clone().requires_grad_()
     direction = torch.randn(2, 4, 8, 8)
     (net(leaf) * direction).sum().backward()
@@ -298,12 +315,14 @@ def test_taps_that_saturate_pass_no_gradient(tile: Any) -> None:
     levels = torch.from_numpy(integers(net, "0", x)[0].astype(np.float32))
     with torch.no_grad():
         d = algorithm.transformed(matrix, cell.tiling.cut(levels))
-        full = algorithm.scaled_taps(d, frozen.mul, 16)
+        full = algorithm.scaled_taps(d, frozen.mul, frozen.offset, tile + 3, 16)
         inside = (full >= -128) & (full <= 127)
     assert 0.02 < float(inside.float().mean()) < 0.98
     v = algorithm.transformed(matrix, cell.tiling.cut(other / frozen.input_scale))
-    v = v * (frozen.mul.float() / 2**15).view(-1, 1, 1) * inside
-    f = algorithm.accumulated(v, frozen.u.float()) * frozen.us[:, :, None]
+    v[tile + 3] -= frozen.offset[:, None]
+    v = v * (frozen.mul.float() / 2**15)[:, :, None] * inside
+    base = algorithm.base_of(frozen.u, frozen.mul, frozen.offset, tile + 3)
+    f = algorithm.with_base(algorithm.accumulated(v, frozen.u.float()), base, tile + 3) * frozen.us[:, :, None]
     y = cell.tiling.join(algorithm.output_tiles(f, cell.tiling.taps), 2, 8, 8)
     (y * direction).sum().backward()
     torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-4, atol=1e-5)
@@ -374,19 +393,19 @@ def test_ranges_of_taps_follow_training() -> None:
     torch.manual_seed(0)
     layer, x = nn.Conv2d(3, 3, 3, padding=1), torch.rand(2, 3, 8, 8)
     net, cell = one(layer, Winograd(), x)
-    peak = cell.tap_peak.clone()
+    limits = cell.tap_limits.clone()
     cell.step(0, 10)
-    assert torch.equal(cell.tap_peak, peak)  # nothing was seen
+    assert torch.equal(cell.tap_limits, limits)  # nothing was seen
     with torch.no_grad():
         net(x / 2)
     cell.step(0, 10)
-    assert torch.equal(cell.tap_peak, peak)  # nor in eval
+    assert torch.equal(cell.tap_limits, limits)  # nor in eval
     net.train()
     net(x / 2)
     cell.step(0, 10)
-    moved = peak - cell.tap_peak
-    assert bool((moved > 0).all())
-    torch.testing.assert_close(moved, 0.01 * peak / 2, rtol=0.1, atol=0)  # by the same part of the extremes
-    before = cell.tap_peak.clone()
+    moved = limits - cell.tap_limits
+    assert bool((moved[1] > 0).all())
+    torch.testing.assert_close(moved, 0.01 * limits / 2, rtol=0.1, atol=1e-4)  # widened alike
+    before = cell.tap_limits.clone()
     cell.step(1, 10)
-    assert torch.equal(cell.tap_peak, before)
+    assert torch.equal(cell.tap_limits, before)

@@ -22,7 +22,7 @@
 
 namespace {
 
-enum Input : std::size_t { image, weights, multipliers, scales, bias, residual };
+enum Input : std::size_t { image, weights, multipliers, offsets, scales, bias, residual };
 
 struct Attributes {
     std::int64_t tile = 2, bits = 8, x_zero = 0, y_zero = 0, y_signed = 0, low = 0, high = 255, residual_zero = 0;
@@ -39,7 +39,7 @@ struct Shared {
 
 // The constant inputs in the types of a Spec, which points into them.
 struct Arrays {
-    std::vector<std::int16_t> mul, wide;
+    std::vector<std::int16_t> mul, offset, wide;
 };
 
 bool is_level(const ov::element::Type& type) { return type == ov::element::u8 || type == ov::element::i8; }
@@ -65,7 +65,7 @@ void on_its_threads(int n, const std::function<void(int)>& f) {
 
 namespace bitsmith {
 
-// Inputs: x [N, H, W, C] u8 or i8; u [P, K, C] i8 or i16; mul [P] i16; us [P, K] f32; bias [K] f32; residual
+// Inputs: x [N, H, W, C] u8 or i8; u [P, K, C] i8 or i16; mul [P, C] i16; offset [C] i16; us [P, K] f32; bias [K] f32; residual
 // [N, H', W', K] or none. Output [N, H', W', K] u8, or i8 if y_signed. Everything but x and the residual is constant.
 class WinogradConv : public ov::op::Op {
 public:
@@ -79,14 +79,14 @@ public:
     void validate_and_infer_types() override {
         const auto type = [&](Input i) { return get_input_element_type(i); };
         const std::size_t count = get_input_size();
-        NODE_VALIDATION_CHECK(this, count == 5 || count == 6, "takes 5 inputs, or 6 with a residual");
+        NODE_VALIDATION_CHECK(this, count == 6 || count == 7, "takes 6 inputs, or 7 with a residual");
         NODE_VALIDATION_CHECK(this, is_level(type(image)), "x must be u8 or i8, in NHWC");
         NODE_VALIDATION_CHECK(this, own_.bits == 8 ? type(weights) == ov::element::i8 : is_word(type(weights)),
                               "u must be i8 for 8 bits and i16 for 16");
-        NODE_VALIDATION_CHECK(this, is_word(type(multipliers)), "mul must be i16");
+        NODE_VALIDATION_CHECK(this, is_word(type(multipliers)) && is_word(type(offsets)), "mul and offset must be i16");
         NODE_VALIDATION_CHECK(this, type(scales) == ov::element::f32 && type(bias) == ov::element::f32,
                               "us and bias must be f32");
-        NODE_VALIDATION_CHECK(this, count == 5 || is_level(type(residual)), "the residual must be u8 or i8, in NHWC");
+        NODE_VALIDATION_CHECK(this, count == 6 || is_level(type(residual)), "the residual must be u8 or i8, in NHWC");
         NODE_VALIDATION_CHECK(this, own_.pads.size() == 4, "pads must be top, left, bottom, right");
         const ov::PartialShape& x = get_input_partial_shape(image);
         const ov::PartialShape& u = get_input_partial_shape(weights);
@@ -99,7 +99,7 @@ public:
                 NODE_VALIDATION_CHECK(this, y[side].is_dynamic() || y[side].get_length() >= 1, "x is ", x,
                                       ": the padded map is smaller than the 3 x 3 kernel");
         }
-        NODE_VALIDATION_CHECK(this, count == 5 || get_input_partial_shape(residual).compatible(y),
+        NODE_VALIDATION_CHECK(this, count == 6 || get_input_partial_shape(residual).compatible(y),
                               "the residual must have the shape of the output");
         if (x.rank().is_static() && u.rank().is_static()) check_values(x, u);
         set_output_type(0, own_.y_signed ? ov::element::i8 : ov::element::u8, y);
@@ -158,11 +158,12 @@ private:
                                   " is ", get_input_partial_shape(i), "; must be ", shape);
         };
         has(weights, {taps, u[1], u[2]});
-        has(multipliers, {taps});
+        has(multipliers, {taps, u[2]});
+        has(offsets, {u[2]});
         has(scales, {taps, u[1]});
         has(bias, {u[1]});
         ov::TensorVector inputs(1);
-        for (const Input i : {weights, multipliers, scales, bias}) {
+        for (const Input i : {weights, multipliers, offsets, scales, bias}) {
             const auto constant = ov::as_type_ptr<ov::op::v0::Constant>(get_input_node_shared_ptr(i));
             if (!constant || shared_->checked) return;
             inputs.push_back(constant->get_tensor_view());
@@ -186,6 +187,7 @@ private:
     Spec spec_of(const ov::TensorVector& inputs, Arrays& arrays) const {
         const ov::Shape& u = inputs[weights].get_shape();
         arrays.mul = words(inputs[multipliers]);
+        arrays.offset = words(inputs[offsets]);
         if (own_.bits != 8) arrays.wide = words(inputs[weights]);
         Spec spec;
         spec.tile = static_cast<int>(own_.tile);
@@ -194,6 +196,7 @@ private:
         spec.channels_out = static_cast<std::ptrdiff_t>(u[1]);
         spec.u = own_.bits == 8 ? inputs[weights].data() : arrays.wide.data();
         spec.mul = arrays.mul.data();
+        spec.offset = arrays.offset.data();
         spec.us = inputs[scales].data<const float>();
         spec.bias = inputs[bias].data<const float>();
         spec.x_zero = static_cast<int>(own_.x_zero);

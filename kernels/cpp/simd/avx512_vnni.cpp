@@ -51,6 +51,7 @@ struct Avx512Vnni {
         return _mm512_slli_epi16(a, N);
     }
     static Word scale16(Word a, Word b) { return _mm512_mulhrs_epi16(a, b); }
+    static Word load_words(const std::int16_t* p) { return _mm512_loadu_si512(p); }
     static void store_words(std::uint8_t* p, Word a) { _mm512_storeu_si512(p, a); }
     static void store_bytes_offset(std::uint8_t* p, Word a) {
         const __m256i offset = _mm256_xor_si256(_mm512_cvtsepi16_epi8(a), _mm256_set1_epi8(-128));

@@ -37,19 +37,20 @@ inline Place place_of(const Pass& pass, std::ptrdiff_t tile) {
 }
 
 // B^T along the row of every column of a tile, the scales of the taps, and V[tap] of `count` channels at v + tap * v_tap.
-// `d`: [row][column], B^T already applied down the columns; it is left as it is.
+// `d`: [row][column], B^T already applied down the columns; it is left as it is. `mul`: [tap][channel], and behind
+// the taps what is taken from tap (1, 1).
 template <class S, int Tile, int Bits>
-[[gnu::always_inline]] inline void finish_tile(const typename S::Word* d, const Packed& layer, std::uint8_t* v) {
+[[gnu::always_inline]] inline void finish_tile(const typename S::Word* d, const Packed& layer, const std::int16_t* mul,
+                                               std::uint8_t* v) {
     constexpr int T = Tile + 2;
-    const typename S::Word gain = S::word(layer.x_zero * constant_gain<Tile>);
     unroll<T>([&](auto i) __attribute__((always_inline)) {
         typename S::Word row[T];
         unroll<T>([&](auto j) __attribute__((always_inline)) { row[j] = d[i * T + j]; });
         transform_input<S, Tile, 1>(row);
-        if constexpr (i == 1) row[1] = S::sub16(row[1], gain);
+        if constexpr (i == 1) row[1] = S::sub16(row[1], S::load_words(mul + T * T * S::words));
         unroll<T>([&](auto j) __attribute__((always_inline)) {
             constexpr int p = i * T + j;
-            const typename S::Word scaled = S::scale16(row[j], S::word(layer.mul[p]));
+            const typename S::Word scaled = S::scale16(row[j], S::load_words(mul + p * S::words));
             if constexpr (Bits == 16)
                 S::store_words(v + p * layer.v_tap, scaled);
             else if constexpr (S::dots_bytes)
@@ -68,6 +69,7 @@ void input_strip(const Packed& layer, const Pass& pass, const Place& place, std:
     constexpr int T = Tile + 2;
     const std::ptrdiff_t pixel = layer.channels_in;
     const std::uint8_t* const outside = layer.outside + channel;
+    const std::int16_t* const mul = layer.mul + channel * (T * T + 1);
     const std::uint8_t* row[T];      // the first pixel of the image's rows; where there is none, one that stands for all
     std::ptrdiff_t step[T];
     unroll<T>([&](auto i) __attribute__((always_inline)) {
@@ -95,7 +97,7 @@ void input_strip(const Packed& layer, const Pass& pass, const Place& place, std:
             unroll<Tile>([&](auto j) __attribute__((always_inline)) {
                 column(std::integral_constant<int, j + 2>(), x + j + 2, exists(x + j + 2));
             });
-        finish_tile<S, Tile, Bits>(d, layer, v);
+        finish_tile<S, Tile, Bits>(d, layer, mul, v);
         unroll<T>([&](auto i) __attribute__((always_inline)) {
             d[i * T] = d[i * T + Tile];
             d[i * T + 1] = d[i * T + Tile + 1];

@@ -50,8 +50,4 @@ template <class S, int Tile, int Stride, class F>
     }
 }
 
-// Sum of the rows of B^T: a constant image has D = zero but at tap (1, 1), so a zero point is subtracted there alone.
-template <int Tile>
-constexpr int constant_gain = Tile == 2 ? 2 * 2 : 6 * 6;
-
 }  // namespace

@@ -56,6 +56,7 @@ struct Ymm {
     static Word saturate8(Word a) {
         return _mm256_max_epi16(_mm256_min_epi16(a, _mm256_set1_epi16(127)), _mm256_set1_epi16(-128));
     }
+    static Word load_words(const std::int16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
     static void store_words(std::uint8_t* p, Word a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
     static void store_bytes_offset(std::uint8_t* p, Word a) {
         const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));

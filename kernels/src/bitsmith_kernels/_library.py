@@ -7,7 +7,7 @@ import functools
 import sys
 from pathlib import Path
 
-_ABI = 2
+_ABI = 3
 
 
 class Spec(c.Structure):
@@ -20,6 +20,7 @@ class Spec(c.Structure):
         ("channels_out", c.c_int64),
         ("u", c.c_void_p),
         ("mul", c.c_void_p),
+        ("offset", c.c_void_p),
         ("us", c.c_void_p),
         ("bias", c.c_void_p),
         ("x_zero", c.c_int32),

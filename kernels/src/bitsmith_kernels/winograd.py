@@ -25,9 +25,12 @@ class Winograd:
     transformed image V and weights U.
 
     ``u``: the transformed weights, integers [P, K, C] (K output and C input channels): int8 in -127 .. 127, or int16.
-    ``mul``: integers [P] in 1 .. 32767; V[p] = (D[p] * mul[p] + 2^14) >> 15, D being B^T (x - x_zero) B.
-    ``us``: float32 [P, K], the real value of one unit of sum(V * U), that is
-    ``x_scale * 32768 / mul[p] * weight_scale[p, k]``. ``bias``: float32 [K] in real units, or ``None``.
+    ``mul``: integers [P, C] in 1 .. 32767; V[p, c] = (D[p, c] * mul[p, c] + 2^14) >> 15, D being B^T (x - x_zero) B.
+    ``offset``: integers [C], by default 0, that are taken from D at tap (1, 1) first, the only one that keeps the mean
+    of a tile; the sum starts at what they stand for, base[k] = (sum_c U * offset * mul + 2^14) >> 15, so the output is
+    the same but for rounding. They must lie where D can. ``us``: float32 [P, K], the real value of one unit of sum(V *
+    U), that is ``x_scale * weight_scale[p, k]`` where U is the transformed weight times 32768 / mul[p, c], in units of
+    ``weight_scale``. ``bias``: float32 [K] in real units, or ``None``.
 
     ``x_zero``: the level of x that stands for 0, in the type of x; ``x_signed``: x is int8 and not uint8. ``pads``:
     top, left, bottom, right, each 0, 1 or 2, filled with ``x_zero``. ``isa``: one of :func:`~bitsmith_kernels.isas`,
@@ -35,12 +38,13 @@ class Winograd:
 
     Raises ``ValueError`` on a wrong shape, type or range, on scales that are not finite or beyond 1e20, on an ``isa``
     that this CPU lacks, and where an accumulator could leave int32: for bits=8 above 132104 input channels; for bits=16
-    unless sum_c |U[p, k, c]| * max|V[p]| < 2^31 for all p, k, max|V[p]| being what any image could give.
+    unless |base| + sum_c |U[p, k, c]| * max|V[p, c]| < 2^31 for all p, k, max|V| being what any image
+    could give.
 
     >>> import numpy as np
     >>> u = np.zeros((16, 1, 1), np.int8)
     >>> u[5] = 4  # of the taps of F(2, 3), this one alone: a quarter of the sum of 2 x 2 pixels, four times
-    >>> layer = Winograd(2, 8, u, np.full(16, 16384), np.full((16, 1), 0.5), None)
+    >>> layer = Winograd(2, 8, u, np.full((16, 1), 16384), np.full((16, 1), 0.5), None)
     >>> layer(np.full((1, 2, 2, 1), 10, np.uint8), scale=1.0)[0, :, :, 0]
     array([[40, 40],
            [40, 40]], dtype=uint8)
@@ -55,6 +59,7 @@ class Winograd:
         us: ArrayLike,
         bias: ArrayLike | None,
         *,
+        offset: ArrayLike | None = None,
         x_zero: int = 0,
         x_signed: bool = False,
         pads: Sequence[int] = (1, 1, 1, 1),
@@ -70,7 +75,8 @@ class Winograd:
             raise ValueError(f"Winograd: pads is {tuple(pads)}; must be (top, left, bottom, right)")
         weights = np.ascontiguousarray(u)
         channels_out, channels_in = weights.shape[1:]
-        factors = _integers(mul, (taps,))
+        factors = _integers("mul", mul, (taps, channels_in), 1)
+        means = None if offset is None else _integers("offset", offset, (channels_in,), -32768)
         scales = _reals("us", us, (taps, channels_out))
         offsets = None if bias is None else _reals("bias", bias, (channels_out,))
         spec = Spec(
@@ -80,6 +86,7 @@ class Winograd:
             channels_out=channels_out,
             u=weights.ctypes.data,
             mul=factors.ctypes.data,
+            offset=None if means is None else means.ctypes.data,
             us=scales.ctypes.data,
             bias=None if offsets is None else offsets.ctypes.data,
             x_zero=_small("x_zero", x_zero),
@@ -198,12 +205,12 @@ def _small(name: str, value: int) -> int:
     return int(value)
 
 
-def _integers(values: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.int16]:
+def _integers(name: str, values: ArrayLike, shape: tuple[int, ...], least: int) -> NDArray[np.int16]:
     array = np.asarray(values)
     if array.dtype.kind not in "iu" or array.shape != shape:
-        raise ValueError(f"Winograd: mul is {array.dtype} {array.shape}; must be integers {shape}")
-    if array.min() < 1 or array.max() > 32767:
-        raise ValueError(f"Winograd: mul is in {array.min()} .. {array.max()}; must be in 1 .. 32767")
+        raise ValueError(f"Winograd: {name} is {array.dtype} {array.shape}; must be integers {shape}")
+    if array.size and (array.min() < least or array.max() > 32767):
+        raise ValueError(f"Winograd: {name} is in {array.min()} .. {array.max()}; must be in {least} .. 32767")
     return np.ascontiguousarray(array, np.int16)
 
 

@@ -59,6 +59,7 @@ def translations(opset: int) -> Mapping[Callable[..., Any], Callable[..., Any]]:
         x: Any,
         u: Any,
         mul: Any,
+        offset: Any,
         us: Any,
         bias: Any,
         scale: float,
@@ -68,7 +69,7 @@ def translations(opset: int) -> Mapping[Callable[..., Any], Callable[..., Any]]:
         bits: int,
     ) -> Any:
         given = {"scale": scale, "tile": tile, "kernel": list(kernel), "pads": list(pads), "bits": bits}
-        return _winograd()(x, u, mul, us, bias, **given)
+        return _winograd()(x, u, mul, offset, us, bias, **given)
 
     decomposed = torch.ops.quantized_decomposed
     return {
@@ -87,7 +88,8 @@ def _winograd() -> Any:
     from onnx.defs import OpSchema
     from onnxscript import values
 
-    kinds = {"x": "tensor(float)", "u": "U", "mul": "tensor(int16)", "us": "tensor(float)", "bias": "tensor(float)"}
+    real, word = "tensor(float)", "tensor(int16)"
+    kinds = {"x": real, "u": "U", "mul": word, "offset": word, "us": real, "bias": real}
     types, own = OpSchema.AttrType, OpSchema.Attribute
     attributes = {"scale": types.FLOAT, "tile": types.INT, "kernel": types.INTS, "pads": types.INTS, "bits": types.INT}
     schema = OpSchema(

@@ -55,12 +55,14 @@ class Levels:
 
 @dataclass(frozen=True)
 class Packed:
-    """What the kernel reads of one layer: ``u`` [P, K, C] int8 or int16, ``mul`` int16 [P], ``us`` float32 [P, K]."""
+    """What the kernel reads of one layer: ``u`` [P, K, C] int8 or int16, ``mul`` int16 [P, C], ``offset`` int16 [C],
+    ``us`` float32 [P, K]."""
 
     tile: int
     bits: int
     u: Array
     mul: Array
+    offset: Array
     us: Array
 
 
@@ -126,10 +128,10 @@ def _transformed(node: ir.Node) -> tuple[Packed, Array] | No:
     """What a node of the technique holds."""
     if list(node.attributes.get_ints("kernel", [])) != [3, 3]:
         return No("its kernel is no 3x3: there is no native kernel for those")
-    u, mul, us, bias = (constant(value) for value in node.inputs[1:5])
-    if u is None or mul is None or us is None or bias is None:
+    u, mul, offset, us, bias = (constant(value) for value in node.inputs[1:6])
+    if u is None or mul is None or offset is None or us is None or bias is None:
         return No("its weights are no constants")
-    return Packed(node.attributes.get_int("tile", 0), node.attributes.get_int("bits", 0), u, mul, us), bias
+    return Packed(node.attributes.get_int("tile", 0), node.attributes.get_int("bits", 0), u, mul, offset, us), bias
 
 
 def _ordinary(node: ir.Node) -> tuple[Array, Array] | No:
@@ -329,7 +331,8 @@ def _put(graph: ir.Graph, what: Candidate, packed: Packed) -> None:
 
     end, name = what.end, what.name
     inputs = [_turned(graph, end, _integers(graph, end, what.x), NHWC)]
-    for suffix, array in (("u", packed.u), ("mul", packed.mul), ("us", packed.us), ("bias", what.bias)):
+    arrays = {suffix: getattr(packed, suffix) for suffix in ("u", "mul", "offset", "us")}
+    for suffix, array in (arrays | {"bias": what.bias}).items():
         inputs.append(initializer(graph, f"{name}.winograd.{suffix}", np.ascontiguousarray(array)))
     if what.residual is not None:
         inputs.append(_turned(graph, end, _integers(graph, end, what.residual), NHWC))

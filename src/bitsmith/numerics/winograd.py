@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .straight_through import straight_through
+
 Matrix = tuple[tuple[Fraction, ...], ...]
 Pads = tuple[int, int, int, int]
 """Zeros around a map: top, left, bottom, right."""
@@ -169,6 +171,12 @@ class Tiling:
         sizes = [transforms(tile, size).sizes for size in kernel]
         return cls((sizes[0][0], sizes[1][0]), (sizes[0][1], sizes[1][1]), pads)
 
+    @property
+    def mean_tap(self) -> int:
+        """Row 1 and column 1, where the kernel extends: there alone B^T keeps the mean of a tile (its other rows sum to
+        0), so D of images that are never negative is never negative there."""
+        return (self.taps[1] if self.taps[0] > 1 else 0) + (1 if self.taps[1] > 1 else 0)
+
     def outputs(self, height: int, width: int) -> tuple[int, int]:
         """Size of the output map. Raises ``ValueError`` for a map that the kernel does not fit in."""
         top, left, bottom, right = self.pads
@@ -234,21 +242,43 @@ def tap_bounds(bt: Tensor, low: Tensor | int, high: Tensor | int) -> tuple[Tenso
     return ends.amin(0).sum(1), ends.amax(0).sum(1)
 
 
-def scaled_taps(transformed: Tensor, mul: Tensor, bits: int) -> Tensor:
-    """``V = (D * mul + 2^14) >> 15`` by tap, saturated to int8 if ``bits`` is 8: what ``vpmulhrsw`` computes.
+def scaled_taps(transformed: Tensor, mul: Tensor, offset: Tensor, tap: int, bits: int) -> Tensor:
+    """``V = ((D - offset) * mul + 2^14) >> 15`` by tap and channel, saturated to int8 if ``bits`` is 8: what
+    ``vpmulhrsw`` computes.
 
-    ``transformed``: D [P, ...], integers of magnitude below 2^15 in any type; ``mul`` [P], integers in 1 .. 32767.
-    Gives int32.
+    ``transformed``: D [P, C, ...], integers of magnitude below 2^15 in any type; ``mul`` [P, C], integers in 1 ..
+    32767; ``offset`` [C]: integers that D of this ``tap`` may have, of the others it is 0. Gives int32.
     """
-    along = mul.to(torch.int32).view(-1, *[1] * (transformed.dim() - 1))
-    scaled = (transformed.to(torch.int32) * along + (1 << 14)) >> 15
+    along = mul.to(torch.int32)
+    added = torch.full_like(along, 1 << 14)
+    added[tap] -= offset.to(torch.int32) * along[tap]
+    shape = (*mul.shape, *[1] * (transformed.dim() - 2))
+    scaled = (transformed.to(torch.int32) * along.view(shape) + added.view(shape)) >> 15
     return scaled.clamp(-128, 127) if bits == 8 else scaled
+
+
+def base_of(u: Tensor, mul: Tensor, offset: Tensor, tap: int) -> Tensor:
+    """``(sum_c U * offset * mul + 2^14) >> 15`` of the ``tap``, [K]: what the sum over channels starts with, so that
+    the offset changes nothing but rounding. int64, or float64 with the gradient where U has one."""
+    factors = offset.to(torch.int64) * mul[tap].to(torch.int64)
+    with torch.no_grad():
+        base = ((u[tap].to(torch.int64) * factors).sum(1) + (1 << 14)) >> 15
+    if not u.requires_grad:
+        return base
+    exact = (u[tap].double() * factors).sum(1) / 2.0**15
+    return straight_through(exact, base.double())
 
 
 def accumulated(v: Tensor, u: Tensor) -> Tensor:
     """``acc[p, k] = sum_c V[p, c] U[p, k, c]``: V [P, C, L] and U [P, K, C] -> [P, K, L]. Exact for integers held in
     the type of :func:`exact_dtype`, whatever the order of the sum."""
     return torch.bmm(u, v)
+
+
+def with_base(acc: Tensor, base: Tensor, tap: int) -> Tensor:
+    """Exact sums [P, K, L] and ``base`` [K] at one tap, rounded once to float32."""
+    there = (acc[tap].double() + base[:, None]).float()
+    return torch.cat((acc[:tap].float(), there[None], acc[tap + 1 :].float()))
 
 
 def exact_dtype(channels: int, bits: int) -> torch.dtype:
@@ -281,96 +311,135 @@ def output_tiles(f: Tensor, taps: tuple[int, int]) -> Tensor:
 
 
 def integer_convolution(
-    d: Tensor, u: Tensor, mul: Tensor, us: Tensor, bias: Tensor, bt: Tensor, tiling: Tiling, bits: int
+    d: Tensor, u: Tensor, mul: Tensor, offset: Tensor, us: Tensor, bias: Tensor, bt: Tensor, tiling: Tiling, bits: int
 ) -> Tensor:
     """The native kernels' 3x3 convolution up to its ReLU, bit for bit: [N, C, H, W] -> [N, K, H', W'] float32.
 
     ``d``: the input's integers less their zero point, in any type. ``u`` [P, K, C]: transformed weights, integers.
-    ``mul`` [P]: see :func:`scaled_taps`. ``us`` float32 [P, K]: what one unit of the accumulator stands for.
-    ``bias`` float32 [K]. ``bt``: B^T of both axes. Every float operation is IEEE float32, rounded to nearest even.
+    ``mul`` [P, C], ``offset`` [C] (of :attr:`Tiling.mean_tap`): see :func:`scaled_taps`. ``us`` float32 [P, K]: what
+    one unit of the accumulator stands for. ``bias`` float32 [K]. ``bt``: B^T of both axes. Every float operation is
+    IEEE float32, rounded to nearest even.
     """
-    exact = exact_dtype(u.shape[2], bits)
+    exact, tap = exact_dtype(u.shape[2], bits), tiling.mean_tap
     tiles = transformed(bt.float(), tiling.cut(d.float()))  # sums below 2^24: exact
-    v = scaled_taps(tiles, mul, bits)
+    v = scaled_taps(tiles, mul, offset, tap, bits)
     acc = accumulated(v.to(exact), u.to(exact))
-    f = acc.float() * us[:, :, None]
+    f = with_base(acc, base_of(u, mul, offset, tap), tap) * us[:, :, None]
     found = tiling.join(output_tiles(f, tiling.taps), d.shape[0], d.shape[2], d.shape[3])
     return found + bias.view(1, -1, 1, 1)
 
 
-def multipliers(peaks: Tensor, level: int) -> Tensor:
-    """``clamp(floor(level / peak * 2^15), 1, 2^15 - 1)`` by tap, int32 [P]. ``peaks``: the \\|D\\| that ``level``
-    stands for, 127 for taps of 8 bits; with a level of 1 what one unit stands for."""
-    wanted = torch.floor(level / peaks.double().clamp_min(2.0**-40) * 2.0**15)
+def multipliers(steps: Tensor) -> Tensor:
+    """``clamp(floor(2^15 / step), 1, 2^15 - 1)``, int32: ``mul`` for ``steps`` of V, in units of D."""
+    wanted = torch.floor(2.0**15 / steps.double().clamp_min(2.0**-40))
     return wanted.clamp(1, 2**15 - 1).to(torch.int32)
 
 
 def shared_steps(u: Tensor, power: Tensor, bound: Tensor) -> Tensor:
-    """What one unit of V shall stand for where a 31-bit accumulator of 16-bit taps errs least: float64 [P].
+    """What one unit of V shall stand for where a 31-bit accumulator of 16-bit taps errs least: float64 [P, C].
 
-    ``u``: transformed weights, real, [P, K, C]. ``power`` [P]: mean of D^2. ``bound`` [P]: greatest \\|D\\| possible.
-    With a step t of V, U's step is about ``S1 bound / (2^31 t)`` with ``S1 = sum_c |u|``. The error by V is
-    ``t^2 / 12 sum_c u^2`` and that by U ``(S1 bound / (2^31 t))^2 / 12 C power``; their sum is least where both are
-    equal. All output channels share t.
+    ``u``: transformed weights, real, [P, K, C]. ``power`` [P, C]: mean of D^2. ``bound`` [P]: greatest \\|D\\|
+    possible. With steps t_c of V, U holds ``u_c t_c`` in a step of about ``s = S1 bound / 2^31`` with ``S1 = sum_c
+    |u_c|``, whatever t is. The error by V is ``sum_c t_c^2 u_c^2 / 12`` and that by U ``s^2 / 12 sum_c power_c /
+    t_c^2``; their sum is least where both are equal for each channel. All output channels share t: both are summed over
+    them.
     """
     u = u.double()
-    channels = u.shape[2]
-    first, second = u.abs().sum(2).square().sum(1), u.square().sum((1, 2))
-    ratio = (bound / 2.0**31).square() * channels * power * first / second.clamp_min(2.0**-120)
+    first, second = u.abs().sum(2).square().sum(1), u.square().sum(1)
+    ratio = ((bound / 2.0**31).square() * first)[:, None] * power / second.clamp_min(2.0**-120)
     return ratio.pow(0.25)
 
 
+@dataclass(frozen=True)
+class FixedPoint:
+    """How the integer path scales D: ``mul`` int32 [P, C] and ``offset`` int32 [C] of :func:`scaled_taps`, and the
+    greatest ``|V|`` that follows, ``bound`` int64 [P, C]. ``steps`` float64 [P, C]: what one unit of V stands for."""
+
+    mul: Tensor
+    offset: Tensor
+    bound: Tensor
+
+    @property
+    def steps(self) -> Tensor:
+        return 2.0**15 / self.mul.double()
+
+
 def fixed_point(
-    real: Tensor, peak: Tensor, power: Tensor, ends: tuple[Tensor, Tensor], bits: int
-) -> tuple[Tensor, Tensor]:
-    """``mul`` of :func:`scaled_taps`, int32 [P], and the greatest \\|V\\| that follows, int64 [P].
+    real: Tensor, limits: Tensor, power: Tensor, ends: tuple[Tensor, Tensor], tap: int, bits: int
+) -> FixedPoint:
+    """For transformed weights ``real`` [P, K, C]. ``limits`` [2, P, C]: least and greatest D that 8 bits shall hold, in
+    units of the input's integers; ``power`` [P, C]: mean of D^2; ``ends``: least and greatest D possible, [P]; ``tap``:
+    :attr:`Tiling.mean_tap`, whose values may all be of one sign."""
+    limits = torch.stack((torch.maximum(limits[0], ends[0][:, None]), torch.minimum(limits[1], ends[1][:, None])))
+    offset = torch.round(limits[:, tap].mean(0)) if bits == 8 else torch.zeros_like(limits[0, tap])
+    if bits == 8:
+        limits[:, tap] -= offset
+        mul = multipliers(peaks(limits, ends) / 127)
+    else:
+        peak = peaks(limits, ends)
+        mul = multipliers(shared_steps(real.detach(), known_power(power, peak), greatest_of(ends)))
+    offset = offset.to(torch.int32)
+    return FixedPoint(mul, offset, bound_of_taps(*ends, mul, offset, tap, bits))
 
-    ``real``: transformed weights [P, K, C]. ``peak``, ``power`` [P]: the \\|D\\| that shall become the greatest level
-    of 8 bits, and the mean of D^2. ``ends``: least and greatest D possible.
+
+def greatest_of(ends: tuple[Tensor, Tensor]) -> Tensor:
+    """Greatest magnitude by tap, [P]."""
+    return torch.maximum(-ends[0], ends[1])
+
+
+def peaks(limits: Tensor, ends: tuple[Tensor, Tensor]) -> Tensor:
+    """The magnitudes that shall become the greatest level, float64 [P, C], of limits and possible ends as in
+    :func:`fixed_point`.
+
+    A channel has at least half of the greatest of its tap, for what was not seen of it: its error is then a quarter of
+    that channel's. A tap that was always 0 may hold anything.
     """
-    peak, power, bound = bounded(peak, power, ends)
-    mul = multipliers(peak, 127) if bits == 8 else multipliers(shared_steps(real.detach(), power, bound), 1)
-    return mul, bound_of_taps(*ends, mul, bits)
+    bound = greatest_of(ends)[:, None]
+    found = torch.minimum(limits.double().abs().amax(0), bound)
+    greatest = found.amax(1, keepdim=True)
+    return torch.maximum(found, torch.where(greatest > 0, greatest / 2, bound))
 
 
-def bounded(peak: Tensor, power: Tensor, ends: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """``peak`` and ``power`` as in :func:`fixed_point`, and the greatest \\|D\\| possible, float64 [P]. A tap that was
-    always 0 in what was seen may hold anything."""
-    low, high = ends
-    bound = torch.maximum(-low, high)
-    peak, power = torch.minimum(peak.double(), bound), power.double()
-    return torch.where(peak > 0, peak, bound), torch.where(power > 0, power, bound.square() / 9), bound
+def known_power(power: Tensor, peak: Tensor) -> Tensor:
+    """Mean of D^2 [P, C]; where nothing but 0 was seen that of a uniform distribution up to the peak."""
+    return torch.where(power > 0, power.double(), peak.square() / 3)
 
 
-def bound_of_taps(low: Tensor, high: Tensor, mul: Tensor, bits: int) -> Tensor:
-    """The greatest \\|V\\| by tap that :func:`scaled_taps` gives for D from ``low`` to ``high`` [P]: int64 [P]."""
-    ends = [scaled_taps(end, mul, bits).abs() for end in (low, high)]  # monotone in D
+def bound_of_taps(low: Tensor, high: Tensor, mul: Tensor, offset: Tensor, tap: int, bits: int) -> Tensor:
+    """The greatest \\|V\\| that :func:`scaled_taps` gives for D from ``low`` to ``high`` [P]: int64 [P, C] as
+    ``mul``."""
+    # monotone in D
+    ends = [scaled_taps(end[:, None].expand(mul.shape), mul, offset, tap, bits).abs() for end in (low, high)]
     return torch.maximum(*ends).to(torch.int64)
 
 
 def weight_steps(u: Tensor, bound: Tensor, bits: int) -> Tensor:
-    """What one unit of U stands for, float64 [P, K]; ``u`` [P, K, C]: transformed weights, real.
+    """What one unit of U stands for, float64 [P, K]; ``u`` [P, K, C]: transformed weights times the steps of V, real.
 
     8 bits: greatest magnitude at 127. 16 bits: at 32767, or as coarse as ``sum_c |U| * bound < 2^31`` asks, ``bound``
-    [P] being the greatest \\|V\\|. Where all weights are 0 it is 1.
+    [P, C] being the greatest \\|V\\|. Where all weights are 0 it is 1.
     """
     u = u.detach().double().abs()
     if bits == 8:
         steps = u.amax(2) / 127
     else:
         # rounding adds half a unit at most to each of the C terms
-        room = ACCUMULATOR / bound.double() - u.shape[2] / 2
-        steps = torch.maximum(u.amax(2) / 32767, u.sum(2) / room[:, None])
+        bound = bound.double()
+        room = ACCUMULATOR - bound.sum(1) / 2
+        steps = torch.maximum(u.amax(2) / 32767, (u * bound[:, None]).sum(2) / room[:, None])
     return torch.where(steps > 0, steps.clamp_min(2.0**-60), torch.ones_like(steps))
 
 
-def check_accumulator(u: Tensor, bound: Tensor, where: str) -> int:
-    """The greatest magnitude that an accumulator can reach: ``sum_c |U[p, k, c]| * bound[p]``, greatest over p and k.
+def check_accumulator(u: Tensor, scaling: FixedPoint, tap: int, where: str) -> int:
+    """The greatest magnitude that an accumulator can reach: ``|base| + sum_c |U[p, k, c]| bound[p, c]``, greatest over
+    p and k.
 
-    ``u``: integers [P, K, C]; ``bound`` [P]: greatest \\|V\\|. It holds for every partial sum, in any order. Raises
-    ``ValueError`` that names ``where`` if that does not fit in 32 bits.
+    ``u``: integers [P, K, C]. It holds for every partial sum, in any order. Raises ``ValueError`` that names ``where``
+    if that does not fit in 32 bits.
     """
-    found = int((u.abs().to(torch.int64).sum(2) * bound.to(torch.int64)[:, None]).max())
+    sums = (u.abs().to(torch.int64) * scaling.bound[:, None]).sum(2)
+    sums[tap] += base_of(u, scaling.mul, scaling.offset, tap).abs()
+    found = int(sums.max())
     if found > ACCUMULATOR:
         raise ValueError(f"{where!r}: an accumulator could reach {found}; one of 32 bits holds {ACCUMULATOR}")
     return found

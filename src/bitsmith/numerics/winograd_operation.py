@@ -11,7 +11,7 @@ from .winograd import Tiling, input_matrix, integer_convolution
 FORM = "bitsmith::winograd"
 
 _SCHEMA = (
-    "(Tensor x, Tensor u, Tensor mul, Tensor us, Tensor bias, "
+    "(Tensor x, Tensor u, Tensor mul, Tensor offset, Tensor us, Tensor bias, "
     "float scale, int tile, int[] kernel, int[] pads, int bits) -> Tensor"
 )
 _loaded = False
@@ -20,10 +20,11 @@ _loaded = False
 def load() -> None:
     """Register the operation; free after the first time.
 
-    ``torch.ops.bitsmith.winograd(x, u, mul, us, bias, scale, tile, kernel, pads, bits)``: ``x`` float32 [N, C, H, W] on
-    the grid of its quantizer, so that ``x / scale`` are integers less their zero point; ``u`` int8 or int16 [P, K, C],
-    ``mul`` int16 [P], ``us`` float32 [P, K], ``bias`` float32 [K] as :func:`~.winograd.integer_convolution` has them;
-    ``kernel``: 3 or 1 weights by axis; ``pads``: top, left, bottom, right. Gives float32 [N, K, H', W'].
+    ``torch.ops.bitsmith.winograd(x, u, mul, offset, us, bias, scale, tile, kernel, pads, bits)``: ``x`` float32 [N, C,
+    H, W] on the grid of its quantizer, so that ``x / scale`` are integers less their zero point; ``u`` int8 or int16
+    [P, K, C], ``mul`` int16 [P, C], ``offset`` int16 [C], ``us`` float32 [P, K], ``bias`` float32 [K] as
+    :func:`~.winograd.integer_convolution` has them; ``kernel``: 3 or 1 weights by axis; ``pads``: top, left, bottom,
+    right. Gives float32 [N, K, H', W'].
     """
     global _loaded
     if not _loaded:
@@ -35,6 +36,7 @@ def _compute(
     x: Tensor,
     u: Tensor,
     mul: Tensor,
+    offset: Tensor,
     us: Tensor,
     bias: Tensor,
     scale: float,
@@ -45,13 +47,14 @@ def _compute(
 ) -> Tensor:
     tiling = Tiling.of(tile, kernel, (pads[0], pads[1], pads[2], pads[3]))
     d = torch.round(x / scale)
-    return integer_convolution(d, u, mul, us, bias, input_matrix(tile, kernel).to(x), tiling, bits)
+    return integer_convolution(d, u, mul, offset, us, bias, input_matrix(tile, kernel).to(x), tiling, bits)
 
 
 def _shape(
     x: Tensor,
     u: Tensor,
     mul: Tensor,
+    offset: Tensor,
     us: Tensor,
     bias: Tensor,
     scale: float,

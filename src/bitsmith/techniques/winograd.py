@@ -12,7 +12,7 @@ from ..numerics import winograd as algorithm
 from ..numerics.derived import Derived
 from ..numerics.ranges import weight_qparams
 from ..numerics.straight_through import rounded, straight_through
-from ..numerics.taps import TapObserver, TapStatistics
+from ..numerics.taps import TapObserver
 from ..numerics.weights import folded_affine
 from ..numerics.winograd_operation import FORM, load
 from ..site import Format, Range, Record, Site
@@ -28,14 +28,14 @@ class Winograd(Technique):
 
     ``Y = A^T [(G w G^T) . (B^T d B)] A`` on tiles of ``tile`` x ``tile`` outputs, for convolutions of 3 weights by axis
     (3x3, 1x3, 3x1, or 3 in one dimension), stride 1, one group. ``tap_bits`` of both factors of the product: 8, with a
-    scale by tap for the activations and by tap and output channel for the weights; 16, where an accumulator of 32 bits
-    is shared between both so that the error is least; or 32, all in float. Activations are read in 8 bits, unsigned
+    scale by tap and input channel for the activations, which the weights absorb, and by tap and output channel for the
+    weights (the paper has one scale by tap); 16, where an accumulator of 32 bits is shared between both so that the
+    error is least; or 32, all in float. Activations are read in 8 bits, unsigned
     affine unless ``signed``, as by ``Int(8, 8)``, and the sum over channels is exact.
 
     ``static`` transforms of 2 and 4 are computed in integers as the native kernels do, bit for bit. Tiles of 6, and
     ``flex`` transforms, which are parameters of the cell and trained (quantized to ``tap_bits``, one scale each), are
-    simulated in float. ``range``, ``weight_range`` (min/max or mse), ``out``: as in :class:`~bitsmith.Int`;
-    ``tap_range``: how the limits of 8-bit taps are chosen, by the least squared error or the extremes.
+    simulated in float. ``range``, ``weight_range`` (min/max or mse), ``out``: as in :class:`~bitsmith.Int`.
 
     A tile of 4 at 8 bits needs training; one of 2 at 8 bits, or of 4 at 16, can be used after training.
 
@@ -48,7 +48,6 @@ class Winograd(Technique):
     transforms: Literal["static", "flex"] = "static"
     range: Range = Range()  # noqa: RUF009  (frozen)
     weight_range: Range = Range()  # noqa: RUF009
-    tap_range: Range = Range("mse")  # noqa: RUF009
     signed: bool = False
     out: Format | None = None
 
@@ -59,9 +58,8 @@ class Winograd(Technique):
             raise ValueError(f"Winograd(tap_bits={self.tap_bits!r}): must be 8, 16, or 32 for float")
         if self.transforms not in ("static", "flex"):
             raise ValueError(f"Winograd(transforms={self.transforms!r}): must be 'static' or 'flex'")
-        for name in ("weight_range", "tap_range"):
-            if getattr(self, name).method not in ("minmax", "mse"):
-                raise ValueError(f"Winograd({name}={getattr(self, name)}): must be Range('minmax') or Range('mse')")
+        if self.weight_range.method not in ("minmax", "mse"):
+            raise ValueError(f"Winograd(weight_range={self.weight_range}): must be Range('minmax') or Range('mse')")
 
     def __repr__(self) -> str:
         changed = [
@@ -96,8 +94,8 @@ class Winograd(Technique):
         return FORM
 
     def bits(self, site: Site) -> float:
-        """Transformed weights, a scale of float32 by tap and output channel, one of 16 bits (``mul``) or 32 by tap;
-        trained transforms in float32."""
+        """Transformed weights, a scale of float32 by tap and output channel, one of 16 bits (``mul``) or 32 by tap and
+        input channel, an offset of 16 bits by input channel; trained transforms in float32."""
         weight = site.weight
         if weight is None or _refusal(site):  # stored as it was
             return super().bits(site)
@@ -107,7 +105,8 @@ class Winograd(Technique):
         stored = float(taps * weight.shape[0] * weight.shape[1] * self.tap_bits)
         if self.tap_bits != 32:
             integer = self.transforms == "static" and self.tile in _INTEGER_TILES
-            stored += 32.0 * taps * weight.shape[0] + (16.0 if integer else 32.0) * taps
+            stored += 32.0 * taps * weight.shape[0]
+            stored += weight.shape[1] * (16.0 * (taps + 1) if integer else 32.0 * taps)
         if self.transforms == "flex":
             m, n, r = algorithm.transforms(self.tile).sizes
             stored += 32.0 * (m * n + n * n + n * r)
@@ -170,13 +169,13 @@ def _observer(site: Site, tile: int) -> TapObserver:
 @dataclass
 class _Packed:
     """What a layer computes with. ``u``: integers of U [P, K, C] (real with 32 bits). ``steps``: what one unit of V
-    stands for, in units of D, float64 [P]; ``mul`` the same in the integer path, int32 [P]; ``bound``: greatest \\|V\\|
-    [P]. ``us``: what one unit of a sum over channels stands for, float32 [P, K]."""
+    stands for, in units of D, float64 [P, C]; ``scaling``: the same in the integer path, ``base`` [K] what its sums
+    start with at one tap. ``us``: what one unit of a sum over channels stands for, float32 [P, K]."""
 
     u: Tensor
     steps: Tensor
-    mul: Tensor
-    bound: Tensor
+    scaling: algorithm.FixedPoint | None
+    base: Tensor | None
     us: Tensor
     bias: Tensor | None
 
@@ -188,11 +187,11 @@ _A, _B, _G = 0, 1, 2
 class _WinogradCell(Cell):
     """Input transform, taps on their grid, products summed over channels, output transform.
 
-    ``materialise`` stores what ships, with the taps numbered as in :mod:`bitsmith.numerics.winograd`:
-    ``u`` int8 or int16 [P, K, C] (float32 with 32 bits), ``us`` float32 [P, K], ``bias_f`` float32 [K]; where the
-    integer path computes, ``mul`` int16 [P]; else ``steps`` float32 [P]. ``tiling``, ``tile``, ``kernel``, ``bits`` and
-    ``integer`` (whether it is the integer path) say the rest; the input's scale and zero point are those of
-    ``quantizers[0]``.
+    ``materialise`` stores what ships, with the taps numbered as in :mod:`bitsmith.numerics.winograd`: ``u`` int8 or
+    int16 [P, K, C] (float32 with 32 bits), ``us`` float32 [P, K], ``bias_f`` float32 [K]; where the integer path
+    computes, ``mul`` int16 [P, C] and ``offset`` int16 [C]; else ``steps`` float32 [P, C]. ``tiling``, ``tile``,
+    ``kernel``, ``bits`` and ``integer`` (whether it is the integer path) say the rest; the input's scale and zero point
+    are those of ``quantizers[0]``.
     """
 
     fresh = True
@@ -219,16 +218,16 @@ class _WinogradCell(Cell):
         taps = self.tiling.taps[0] * self.tiling.taps[1]
         seen = record.statistics.get(((site.name, 0), observer))
         self.calibrated = seen is not None
-        found = TapStatistics(observer) if seen is None else seen
-        self.tap_peak: Tensor
-        self.tap_part: Tensor
+        self.tap_limits: Tensor
+        self.tap_beyond: Tensor
         self.tap_power: Tensor
-        self.seen_peak: Tensor
-        limits = found.limits(technique.tap_range)
-        self.register_buffer("tap_peak", limits.float())
-        self.register_buffer("tap_part", torch.where(found.peaks > 0, limits / found.peaks, 1.0).float())
-        self.register_buffer("tap_power", found.power.float())
-        self.register_buffer("seen_peak", torch.zeros(taps), persistent=False)
+        self.seen: Tensor
+        assert site.weight is not None
+        nothing = torch.zeros(2, taps, site.weight.shape[1])
+        self.register_buffer("tap_limits", nothing if seen is None else (seen.extremes * seen.beyond).float())
+        self.register_buffer("tap_beyond", torch.tensor(1.0 if seen is None else seen.beyond))
+        self.register_buffer("tap_power", nothing[0] if seen is None else seen.power.float())
+        self.register_buffer("seen", torch.zeros_like(nothing), persistent=False)
 
     def attach(self, quantizers: Any, at_read: tuple[bool, ...], norm: tuple[nn.Module, ...] = ()) -> None:
         super().attach(quantizers, at_read, norm)
@@ -271,15 +270,18 @@ class _WinogradCell(Cell):
         matrix = algorithm.kronecker(*self._matrix(_B, x))
         d = algorithm.transformed(matrix, self.tiling.cut(straight_through(levels, torch.round(levels))))
         self._see(d, scale)
-        exact = algorithm.exact_dtype(packed.u.shape[2], self.bits)
+        scaling, base = packed.scaling, packed.base
+        assert scaling is not None
+        assert base is not None
+        exact, tap = algorithm.exact_dtype(packed.u.shape[2], self.bits), self.tiling.mean_tap
         with torch.no_grad():
-            v = algorithm.scaled_taps(d, packed.mul, self.bits)
+            v = algorithm.scaled_taps(d, scaling.mul, scaling.offset, tap, self.bits)
             slope = None
             if torch.is_grad_enabled() or d.requires_grad:
-                inside = v == algorithm.scaled_taps(d, packed.mul, 16)
-                slope = inside * (packed.mul.float() / 2**15).view(-1, 1, 1)
+                inside = v == algorithm.scaled_taps(d, scaling.mul, scaling.offset, tap, 16)
+                slope = inside * (scaling.mul.float() / 2**15)[:, :, None]
         acc = algorithm.accumulated(straight_through(d, v.to(exact), slope), packed.u.to(exact))
-        return acc.float() * packed.us[:, :, None]
+        return algorithm.with_base(acc, base, tap) * packed.us[:, :, None]
 
     def _in_float(self, x: Tensor, u: Tensor, steps: Tensor, us: Tensor, bias: Tensor | None) -> Tensor:
         """The same with quantizers in float, or with none where the input has none."""
@@ -287,7 +289,7 @@ class _WinogradCell(Cell):
         source = self._source()
         if source:
             self._see(d, torch.ones_like(source[0]))
-            d = rounded(d / (steps * source[0]).float().view(-1, 1, 1), 2 ** (self.bits - 1) - 1)
+            d = rounded(d / (steps * source[0]).float()[:, :, None], 2 ** (self.bits - 1) - 1)
         f = algorithm.accumulated(d, u) * us[:, :, None]
         tiles = algorithm.transformed(algorithm.kronecker(*self._matrix(_A, x)), f)
         return self._joined(x, tiles.view(*self.tiling.m, *f.shape[1:]), bias)
@@ -330,58 +332,68 @@ class _WinogradCell(Cell):
             else:
                 bias = shift if bias is None else shift + bias * factor
         real = algorithm.transformed_weight(weight, *self._matrix(_G, weight.double()))
+        scaling, base = None, None
         if self.bits == 32:
-            one = real.new_ones(real.shape[0])
+            steps = real.new_ones(real.shape[0], real.shape[2])
             us = torch.ones(real.shape[:2], device=real.device)
-            u, steps, mul, bound = real.float(), one, one.to(torch.int32), one
+            u = real.float()
         else:
             with torch.no_grad():
-                steps, mul, bound = self._tap_steps(real)
+                steps, bound, scaling = self._tap_steps(real)
+            real = real * steps[:, None]
+            with torch.no_grad():
                 units = algorithm.weight_steps(real, bound, self.bits)
                 if self.bits == 8 and self.weight_range != Range():
                     rows = real.detach().reshape(-1, real.shape[2])
                     units = weight_qparams(rows, 8, True, 0, None, self.weight_range)[0].view(units.shape).double()
                 source = self._source()
-                us = (units * (steps * source[0].double())[:, None] if source else units).float()
+                us = (units * source[0].double() if source else units).float()
             u = rounded(real / units[:, :, None], 2 ** (self.bits - 1) - 1)
+            if scaling is not None:
+                base = algorithm.base_of(u, scaling.mul, scaling.offset, self.tiling.mean_tap)
         us = us if safe is None else us / safe
-        return _Packed(u, steps, mul, bound, us, bias if bias is None else bias.float().view(out))
+        return _Packed(u, steps, scaling, base, us, bias if bias is None else bias.float().view(out))
 
-    def _tap_steps(self, real: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``steps`` and ``mul`` as in :class:`_Packed`, and the greatest \\|V\\| by tap."""
+    def _tap_steps(self, real: Tensor) -> tuple[Tensor, Tensor, algorithm.FixedPoint | None]:
+        """``steps`` and ``scaling`` as in :class:`_Packed`, between them the greatest \\|V\\| [P, C]."""
         source = self._source()
         matrix = algorithm.kronecker(*self._matrix(_B, real))
         if not source:
-            one = matrix.new_ones(matrix.shape[0])
-            return one, one.to(torch.int32), one
+            one = matrix.new_ones(matrix.shape[0], real.shape[2])
+            return one, one, None
         scale, zero_point = source[0].double(), source[1].double()
         least, greatest = self.levels
         ends = algorithm.tap_bounds(matrix, least - zero_point, greatest - zero_point)
-        peak, power = self.tap_peak.double() / scale, self.tap_power.double() / scale.square()
+        limits, power = self.tap_limits.double() / scale, self.tap_power.double() / scale.square()
+        # seen before the input was rounded, which moves D by so much at most
+        moved = torch.where(limits[1] > limits[0], matrix.abs().sum(1, keepdim=True) / 2, 0.0)
+        limits = torch.stack((limits[0] - moved, limits[1] + moved))
         if self.integer:
-            mul, bound = algorithm.fixed_point(real, peak, power, ends, self.bits)
-            return 2.0**15 / mul.double(), mul, bound
-        peak, power, bound = algorithm.bounded(peak, power, ends)
-        limit = 2 ** (self.bits - 1) - 1
+            scaling = algorithm.fixed_point(real, limits, power, ends, self.tiling.mean_tap, self.bits)
+            return scaling.steps, scaling.bound, scaling
+        limit, bound, peak = 2 ** (self.bits - 1) - 1, algorithm.greatest_of(ends), algorithm.peaks(limits, ends)
         steps = peak / limit
         if self.bits == 16:
-            steps = torch.maximum(algorithm.shared_steps(real.detach(), power, bound), bound / limit)
-        return steps, torch.zeros_like(steps, dtype=torch.int32), (bound / steps).ceil().clamp(max=limit)
+            wanted = algorithm.shared_steps(real.detach(), algorithm.known_power(power, peak), bound)
+            steps = torch.maximum(wanted, bound[:, None] / limit)
+        return steps, (bound[:, None] / steps).ceil().clamp(max=limit), None
 
     # -- training ----------------------------------------------------------------------------------------------------
 
     def _see(self, d: Tensor, scale: Tensor) -> None:
         if self.training:
-            peaks = d.detach().abs().flatten(1).amax(1) * scale
-            self.seen_peak.copy_(torch.maximum(self.seen_peak, peaks))
+            low, high = d.detach().aminmax(dim=2)
+            self.seen.copy_(
+                torch.stack((torch.minimum(self.seen[0], low * scale), torch.maximum(self.seen[1], high * scale)))
+            )
 
     def step(self, done: int, total: int) -> None:
         """The taps' ranges follow what was seen since the last step."""
         if self.bits != 32:
             with torch.no_grad():
-                moved = self.tap_peak.lerp(self.seen_peak * self.tap_part, _MOMENTUM)
-                self.tap_peak.copy_(torch.where(self.seen_peak > 0, moved, self.tap_peak))
-                self.seen_peak.zero_()
+                moved = self.tap_limits.lerp(self.seen * self.tap_beyond, _MOMENTUM)
+                self.tap_limits.copy_(torch.where(self.seen[1] > self.seen[0], moved, self.tap_limits))
+                self.seen.zero_()
 
     def train(self, mode: bool = True) -> _WinogradCell:
         self._kept.clear()
@@ -394,15 +406,16 @@ class _WinogradCell(Cell):
         packed = self._kept.value
         if packed is None:  # the example does not come here
             return
-        if self.integer:
-            algorithm.check_accumulator(packed.u, packed.bound, self.site)
+        if packed.scaling is not None:
+            algorithm.check_accumulator(packed.u, packed.scaling, self.tiling.mean_tap, self.site)
         store = {8: torch.int8, 16: torch.int16, 32: torch.float32}[self.bits]
         self.register_buffer("u", packed.u.detach().to(store))
         self.register_buffer("us", packed.us.detach().clone())
         bias = packed.bias
         self.register_buffer("bias_f", torch.zeros_like(packed.us[0]) if bias is None else bias.detach().clone())
-        if self.integer and self._source():
-            self.register_buffer("mul", packed.mul.to(torch.int16))
+        if packed.scaling is not None:
+            self.register_buffer("mul", packed.scaling.mul.to(torch.int16))
+            self.register_buffer("offset", packed.scaling.offset.to(torch.int16))
             self.input_scale = float(self._source()[0])
         else:
             self.register_buffer("steps", packed.steps.float())
@@ -414,7 +427,7 @@ class _WinogradCell(Cell):
         if not (self.integer and self._source()):
             return self._in_float(x, u.float(), self.get_buffer("steps"), us, bias)
         found: Tensor = torch.ops.bitsmith.winograd(
-            *(x, u, self.get_buffer("mul"), us, bias, self.input_scale),
+            *(x, u, self.get_buffer("mul"), self.get_buffer("offset"), us, bias, self.input_scale),
             *(self.tile, list(self.kernel), list(self.tiling.pads), self.bits),
         )
         return found
