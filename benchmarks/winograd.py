@@ -164,7 +164,7 @@ def products(bench: Benchmark) -> None:
             taps, rng = (tile + 2) ** 2, np.random.default_rng(channels)
             u = rng.integers(-127, 128, (taps, channels, channels), np.int16 if bits == 16 else np.int8)
             us = np.full((taps, channels), 1e-3)
-            layer = kernels.Winograd(tile, bits, u, np.full(taps, 1024), us, None, isa=isa)
+            layer = kernels.Winograd(tile, bits, u, np.full((taps, channels), 1024), us, None, isa=isa)
             rounds = max(1, int(0.02 * peak / max(layer.multiply(1), 1)))
             shares = []
             for _ in range(11):
