@@ -60,8 +60,8 @@ void check_weights(const Spec& spec) {
         const bool mean = p == mean_tap(spec.tile);
         if (spec.bits != 8)
             for (std::ptrdiff_t c = 0; c < spec.channels_in; ++c)
-                v[static_cast<std::size_t>(c)] =
-                    largest_v(d, spec.bits, spec.mul[p * spec.channels_in + c], mean && spec.offset ? spec.offset[c] : 0);
+                v[static_cast<std::size_t>(c)] = largest_v(d, spec.bits, spec.mul[p * spec.channels_in + c],
+                                                           mean && spec.offset ? spec.offset[c] : 0);
         for (std::ptrdiff_t k = 0; k < spec.channels_out; ++k) {
             const T* row = u + (p * spec.channels_out + k) * spec.channels_in;
             std::int64_t sum = mean ? std::abs(base_of(spec, k)) : 0;
@@ -95,8 +95,8 @@ void check(const Spec& spec) {
     const Interval reach = interval_of(spec.tile, mean_tap(spec.tile), spec.x_zero + (spec.x_signed ? 128 : 0));
     for (std::ptrdiff_t c = 0; spec.offset && c < spec.channels_in; ++c)
         if (spec.offset[c] < reach.low || spec.offset[c] > reach.high)
-            refuse("offset holds " + text(spec.offset[c]) + " at " + text(c) + "; must be in " + text(reach.low) + " .. " +
-                   text(reach.high) + ", which tap (1, 1) reaches");
+            refuse("offset holds " + text(spec.offset[c]) + " at " + text(c) + "; must be in " + text(reach.low) +
+                   " .. " + text(reach.high) + ", which tap (1, 1) reaches");
     for (const int pad : {spec.pad_top, spec.pad_left, spec.pad_bottom, spec.pad_right})
         if (pad < 0 || pad > 2) refuse("a pad is " + text(pad) + "; each must be 0, 1 or 2");
     need_moderate(spec.us, taps * spec.channels_out, "us");

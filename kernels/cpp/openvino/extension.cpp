@@ -65,8 +65,8 @@ void on_its_threads(int n, const std::function<void(int)>& f) {
 
 namespace bitsmith {
 
-// Inputs: x [N, H, W, C] u8 or i8; u [P, K, C] i8 or i16; mul [P, C] i16; offset [C] i16; us [P, K] f32; bias [K] f32; residual
-// [N, H', W', K] or none. Output [N, H', W', K] u8, or i8 if y_signed. Everything but x and the residual is constant.
+// Inputs: x [N, H, W, C] u8 or i8; u [P, K, C] i8 or i16; mul [P, C] i16; offset [C] i16; us [P, K] f32; bias [K] f32;
+// residual [N, H', W', K] or none. Output [N, H', W', K] u8, or i8 if y_signed. Everything but x and the residual is constant.
 class WinogradConv : public ov::op::Op {
 public:
     OPENVINO_OP("WinogradConv", "bitsmith");
@@ -83,7 +83,8 @@ public:
         NODE_VALIDATION_CHECK(this, is_level(type(image)), "x must be u8 or i8, in NHWC");
         NODE_VALIDATION_CHECK(this, own_.bits == 8 ? type(weights) == ov::element::i8 : is_word(type(weights)),
                               "u must be i8 for 8 bits and i16 for 16");
-        NODE_VALIDATION_CHECK(this, is_word(type(multipliers)) && is_word(type(offsets)), "mul and offset must be i16");
+        NODE_VALIDATION_CHECK(this, is_word(type(multipliers)) && is_word(type(offsets)),
+                              "mul and offset must be i16");
         NODE_VALIDATION_CHECK(this, type(scales) == ov::element::f32 && type(bias) == ov::element::f32,
                               "us and bias must be f32");
         NODE_VALIDATION_CHECK(this, count == 6 || is_level(type(residual)), "the residual must be u8 or i8, in NHWC");

@@ -37,9 +37,9 @@ class Winograd:
     by default the best; all give the same bits.
 
     Raises ``ValueError`` on a wrong shape, type or range, on scales that are not finite or beyond 1e20, on an ``isa``
-    that this CPU lacks, and where an accumulator could leave int32: for bits=8 above 132104 input channels; for bits=16
-    unless |base| + sum_c |U[p, k, c]| * max|V[p, c]| < 2^31 for all p, k, max|V| being what any image
-    could give.
+    that this CPU lacks, and where an accumulator could leave int32: for bits=8 above 132104 input channels (and fewer
+    with an offset); for bits=16 unless |base| + sum_c |U[p, k, c]| * max|V[p, c]| < 2^31 for all p, k, max|V| being
+    what any image could give.
 
     >>> import numpy as np
     >>> u = np.zeros((16, 1, 1), np.int8)
