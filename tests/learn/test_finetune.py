@@ -22,7 +22,7 @@ PLACES = ("0", "2", "4", "6")
 
 @cache
 def unbalanced() -> nn.Module:
-    """Four trained convolutions whose channels differ by factors, which tiles in 8 bits can hardly hold: the same function."""
+    """Four trained convolutions whose channels differ by factors, hard for tiles in 8 bits: the same function."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         layers: list[nn.Module] = []

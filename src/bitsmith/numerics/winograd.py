@@ -30,8 +30,8 @@ ACCUMULATOR = 2**31 - 1
 """The greatest magnitude that an accumulator of the kernels may reach."""
 
 CHANNELS = {8: ACCUMULATOR // (2 * 128 * 127), 16: 2**16, 32: 2**31}
-"""Input channels by bits of the taps. 8 bits: of the sum and of what it begins with, for the offset is at most half of a
-range that 0 is in. 16 bits: with the greatest tap there is, 25500, each weight still gets a unit."""
+"""Input channels by bits of the taps. 8 bits: of the sum and of what it begins with, for the offset is at most half of
+a range that 0 is in. 16 bits: with the greatest tap there is, 25500, each weight still gets a unit."""
 
 _EXACT_FLOAT32 = 2**24
 
