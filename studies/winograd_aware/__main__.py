@@ -61,7 +61,7 @@ TUNING_SEED = 100
 TUNED = ((DIRECT.name, TRAINED), *((f"F{tile} int8", route) for tile in (4, 6) for route in (TRAINED, FIXED, FLEX)))
 """Forms and routes that a rate is chosen for."""
 
-RATE: Mapping[tuple[str, str], float] = dict(zip(TUNED, (1e-5, 1e-4, 1e-4, 3e-5, 3e-5, 1e-3, 3e-4), strict=True))
+RATE: Mapping[tuple[str, str], float] = dict(zip(TUNED, (1e-5, 1e-4, 1e-5, 1e-5, 1e-5, 1e-3, 3e-4), strict=True))
 """What was chosen."""
 
 
