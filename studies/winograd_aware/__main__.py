@@ -42,7 +42,7 @@ from .grid import (
 )
 from .grid import array as right_of
 
-SHARES = {"tune": 0.5, "grid": 0.65, "images": 0.5, "winas": 0.35, "modelled": 0.35}
+SHARES = {"tune": 0.5, "grid": 0.65, "floats": 0.4, "images": 0.5, "winas": 0.35, "modelled": 0.35}
 """Of the time, by part."""
 DEFAULT = ("grid", "winas")
 TRAINING, VALIDATION = 3000, 1000
@@ -90,18 +90,18 @@ def untrained(bed: Bed, seeds: int) -> Iterator[Cell]:
                 yield from (Cell(form, route, seed) for route in routes[form.name])
 
 
-def trainable(full: bool) -> list[tuple[str, str]]:
-    """Forms and routes, the float ones with ``--full`` only: they have nothing to recover."""
-    found = [(DIRECT.name, TRAINED)]
-    found += [(f"F{tile} int8", route) for tile in TILES for route in (TRAINED, FIXED, FLEX)]
-    found += [(f"F{tile} fp32", route) for tile in TILES for route in (TRAINED, FLEX)] if full else []
-    return [*found, (FLOAT.name, TRAINED)] if full else found
+QUANTIZED = (
+    (DIRECT.name, TRAINED),
+    *((f"F{tile} int8", route) for tile in TILES for route in (TRAINED, FIXED, FLEX)),
+)
+FLOATING = ((FLOAT.name, TRAINED), *((f"F{tile} fp32", route) for tile in TILES for route in (TRAINED, FLEX)))
+"""Forms and routes that are trained; the float ones have nothing to recover."""
 
 
-def trained(seeds: int, steps: int, full: bool) -> Iterator[Cell]:
+def trained(seeds: int, steps: int, routes: Sequence[tuple[str, str]]) -> Iterator[Cell]:
     """Seed by seed, so that time that runs out leaves whole seeds."""
     for seed in range(seeds):
-        for form, route in trainable(full):
+        for form, route in routes:
             yield Cell(FORMS[form], route, seed, settings_of(FORMS[form], route, steps))
 
 
@@ -175,7 +175,7 @@ def grid(study: Study, bed: Bed, progress: Progress) -> None:
     for form in FORMS.values():
         if form.rest is not None and bed.refused(form):
             print(f"{form.name} is not shipped: {bed.refused(form)}")
-    cells = [*untrained(bed, options.seeds), *trained(options.seeds, options.steps, options.full)]
+    cells = [*untrained(bed, options.seeds), *trained(options.seeds, options.steps, QUANTIZED)]
     found = run(study, bed, cells, "test", progress, "grid")
     results = tables.gathered(found)
     if (FLOAT.name, AFTER) not in results:
@@ -188,6 +188,16 @@ def grid(study: Study, bed: Bed, progress: Progress) -> None:
     for cell, record in found:
         if cell.form.rest is None and cell.form != FLOAT and cell.settings is None:
             print(f"{cell.form.name}, not trained: logits within {record['largest gap']:.2g} of direct fp32's")
+
+
+def floats(study: Study, bed: Bed, progress: Progress) -> None:
+    """What training does where nothing is quantized."""
+    options = study.options
+    cells = [*untrained(bed, 0), *trained(options.seeds, options.steps, FLOATING)]
+    results = tables.gathered(run(study, bed, cells, "test", progress, "floats"))
+    if (FLOAT.name, AFTER) in results:
+        count = results[FLOAT.name, AFTER].samples
+        tables.accuracies(results, f"float ResNet-20 (reduced), {options.steps} steps, {count} test images")
 
 
 def images(study: Study, bed: Bed, progress: Progress) -> None:
@@ -250,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv,
         parts=tuple(SHARES),
         seeds=3,
-        full=f"every part, {FULL_STEPS} steps, float trainings too, no limit of time: hours",
+        full=f"every part, {FULL_STEPS} steps, no limit of time: hours",
         store="winograd_aware",
         more={
             "steps": (int, None, f"of each training ({STEPS}; {FULL_STEPS} with --full)"),
@@ -269,6 +279,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, part in (
             ("tune", tune),
             ("grid", grid),
+            ("floats", floats),
             ("images", images),
             ("winas", choices),
             ("modelled", partial(choices, modelled=True)),
