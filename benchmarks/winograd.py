@@ -9,7 +9,8 @@ thread both are held against the bar. One *alone*, with its weights in the cache
 product's peak that the kernels' innermost loop attains.
 *Networks*: ResNet-18 and -50 shapes and a VGG-16 trunk, random weights with statistics of real images, ResNet-20 with
 its own; against the fastest int8 file in OpenVINO (Bitsmith's, ONNX Runtime's quantizer's, NNCF's), each in a process
-of its own and opened five times. ``accelerate`` chooses the convolutions by their measured times, in each of them that is an ONNX file.
+of its own and opened five times. ``accelerate`` chooses the convolutions by their measured times, in each of them
+that is an ONNX file.
 """
 
 from __future__ import annotations
