@@ -8,9 +8,8 @@ what a layer takes *inside*, the difference to a chain of two by eight, without 
 thread both are held against the bar. One *alone*, with its weights in the caches. *Products*: the share of the dot
 product's peak that the kernels' innermost loop attains.
 *Networks*: ResNet-18 and -50 shapes and a VGG-16 trunk, random weights with statistics of real images, ResNet-20 with
-its own; against the fastest int8 file in OpenVINO (Bitsmith's, ONNX Runtime's quantizer's, NNCF's), each in a process
-of its own and opened five times. ``accelerate`` chooses the convolutions by their measured times, in each of them
-that is an ONNX file.
+its own; against the fastest int8 file in OpenVINO (Bitsmith's, ONNX Runtime's quantizer's, NNCF's), each opened five
+times. ``accelerate`` chooses the convolutions by their measured times, in each of them that is an ONNX file.
 """
 
 from __future__ import annotations
@@ -42,7 +41,6 @@ from bitsmith.zoo.statistics import settle_statistics
 from bitsmith.zoo.vgg import vgg
 from bitsmith.zoo.weights import load_npz
 
-from .apart import interleaved_apart
 from .harness import Benchmark, Samples, interleaved, ratio, table
 from .int8_peers import Source, made, silent, write_float
 from .runtimes import OFF, Run, opened, sqnr
@@ -334,19 +332,15 @@ def in_form(path: Path) -> Path:
 def openings(
     bench: Benchmark, files: Mapping[str, Path], fast: Mapping[str, Path], x: Tensor
 ) -> dict[Path, list[float]]:
-    """Median ms of each file in each of :data:`OPENINGS`, in a process of its own: where its memory comes to lie
-    changes the time of a file."""
+    """Median ms of each file in each of :data:`OPENINGS`: where its memory comes to lie changes the time of a file."""
     found: dict[Path, list[float]] = {path: [] for path in (*files.values(), *fast.values())}
-    opens = {str(path): partial(calling, path, bench.threads, x.numpy()) for path in found}
     for seed in range(OPENINGS):
-        times = interleaved_apart(opens, 60 if bench.options.full else 20, seed=seed)
+        runs = {str(path): opened("openvino", path, bench.threads) for path in found}
+        calls = {name: lambda run=run: run([x.numpy()]) for name, run in runs.items()}
+        times = interleaved(calls, 60 if bench.options.full else 20, refill=True, seed=seed)
         for path in found:
             found[path].append(times[str(path)].median)
     return found
-
-
-def calling(path: Path, threads: int, x: Any) -> Callable[[], Any]:
-    return partial(opened("openvino", path, threads), [x])
 
 
 def ratios(one: Sequence[float], other: Sequence[float]) -> list[float]:
