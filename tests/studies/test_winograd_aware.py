@@ -87,6 +87,16 @@ def test_only_what_has_kernels_is_shipped(bed):
     assert len(plan.sites) > 4
 
 
+def test_trainings_are_of_every_form_once_and_of_float_ones_apart(bed):
+    integers, floats = (list(study.trained(2, 5, routes)) for routes in (study.QUANTIZED, study.FLOATING))
+    assert {c.seed for c in integers} == {c.seed for c in floats} == {0, 1}
+    assert all(c.settings.steps == 5 for c in (*integers, *floats))
+    assert all(c.form.rest is None for c in floats)
+    assert not any(c.form.rest is None for c in integers)
+    assert {c.form.name for c in floats} == {name for name, form in grid.FORMS.items() if form.rest is None}
+    assert len({c.name for c in (*integers, *floats)}) == len(integers) + len(floats) == 2 * (10 + 7)
+
+
 def test_float_winograd_is_float_and_integers_are_not(bed):
     float_, exact, coarse = (bed.record(cell(name), "test") for name in ("direct fp32", "F4 fp32", "F6 int8"))
     assert float_["largest gap"] == 0
