@@ -29,7 +29,7 @@ class Winograd(Technique):
     ``Y = A^T [(G w G^T) . (B^T d B)] A`` on tiles of ``tile`` x ``tile`` outputs, for convolutions of 3 weights by axis
     (3x3, 1x3, 3x1, or 3 in one dimension), stride 1, one group. ``tap_bits`` of both factors of the product: 8, with a
     scale by tap and input channel for the activations, which the weights absorb, and by tap and output channel for the
-    weights (the paper has one scale by tap); 16, where an accumulator of 32 bits is shared between both so that the
+    weights (the paper has one for all taps); 16, where an accumulator of 32 bits is shared between both so that the
     error is least; or 32, all in float. Activations are read in 8 bits, unsigned
     affine unless ``signed``, as by ``Int(8, 8)``, and the sum over channels is exact.
 
