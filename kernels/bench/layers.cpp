@@ -34,7 +34,8 @@ struct Chain {
         std::mt19937 random(1);
         std::vector<std::int8_t> u8(weights);
         std::vector<std::int16_t> u16(weights);
-        std::vector<std::int16_t> mul(static_cast<std::size_t>(taps) * channels, static_cast<std::int16_t>(tile == 2 ? 4096 : 1024));
+        const std::int16_t factor = tile == 2 ? 4096 : 1024;
+        std::vector<std::int16_t> mul(static_cast<std::size_t>(taps) * channels, factor);
         std::vector<float> us(static_cast<std::size_t>(taps) * channels, 1e-3f), bias(channels, 20.f);
         for (int n = 0; n < 10; ++n) {
             for (auto& w : u8) w = static_cast<std::int8_t>(static_cast<int>(random() % 255) - 127);

@@ -22,6 +22,10 @@ namespace bitsmith {
 // B^T of the tile, T x T
 const int* input_transform(int tile);
 
+// The one tap (row 1, column 1) at which B^T keeps the mean of a tile, and by which factor: the other rows sum to 0.
+constexpr int mean_tap(int tile) { return tile + 3; }
+constexpr int mean_gain(int tile) { return tile == 2 ? 2 * 2 : 6 * 6; }
+
 // Least and greatest D[tap] over all images; zero is that of unsigned x.
 struct Interval {
     std::int64_t low, high;

@@ -16,7 +16,7 @@ constexpr std::ptrdiff_t max_block_tiles = 128;
 // not exist are zero. `start` and `us` are [block][tap][column][lane], `bias` is [block][column][lane]. Where a kernel takes
 // the T taps of a column together they are in columns: tap i * T + j of the transform is the (j * T + i)-th, and `u` is
 // [block][j][group][i][column][lane][4 bytes]. `mul` is [chunk][tap][channel of the chunk], as the input transform reads
-// it, 0 for channels that do not exist; behind its taps stands what is taken from the raw tap (1, 1), modulo 2^16.
+// it, 0 for channels that do not exist; behind its taps stands what is taken from tap (1, 1): offset and zero point.
 struct Packed {
     std::ptrdiff_t channels_in;
     std::ptrdiff_t channels_out;

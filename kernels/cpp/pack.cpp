@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "bound.h"
+
 namespace bitsmith {
 
 namespace {
@@ -48,7 +50,7 @@ void pack_multipliers(const Spec& spec, const Kernel& kernel, const PackedBuffer
     const std::ptrdiff_t padded = (spec.channels_in + chunk - 1) / chunk * chunk;
     std::int16_t* mul =
         static_cast<std::int16_t*>(to.mul.reserve(static_cast<std::size_t>((taps + 1) * padded) * sizeof(std::int16_t)));
-    const int zero = spec.x_zero * (spec.tile == 2 ? 2 * 2 : 6 * 6);  // sums of the rows 1 of B^T
+    const int zero = spec.x_zero * mean_gain(spec.tile);
     for (std::ptrdiff_t c = 0; c < spec.channels_in; ++c) {
         std::int16_t* const first = mul + c / chunk * (taps + 1) * chunk + c % chunk;
         for (std::ptrdiff_t p = 0; p < taps; ++p) first[p * chunk] = spec.mul[p * spec.channels_in + c];

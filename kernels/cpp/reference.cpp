@@ -37,8 +37,8 @@ void transform(const Packed& layer, const Pass& pass, std::ptrdiff_t image, std:
                 int sum = 0;
                 for (int k = 0; k < T; ++k) sum += half[i][k] * b[j * T + k];
                 const std::int16_t* const mul = layer.mul + c * (T * T + 1);
-                // B^T takes the zero point out of all other taps; here it is out of d already
-                if (i == 1 && j == 1) sum -= mul[T * T] - layer.x_zero * (Tile == 2 ? 2 * 2 : 6 * 6);
+                // the zero point is out of d already: the offset alone is left
+                if (i * T + j == mean_tap(Tile)) sum -= mul[T * T] - layer.x_zero * mean_gain(Tile);
                 int scaled = (sum * mul[i * T + j] + (1 << 14)) >> 15;
                 if (Bits == 8) scaled = std::clamp(scaled, -128, 127);
                 v[(i * T + j) * layer.channels_in + c] = static_cast<std::int16_t>(scaled);
