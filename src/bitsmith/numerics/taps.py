@@ -87,9 +87,8 @@ class TapStatistics:
         size = max(1, _BLOCK * len(x) // max(x.numel(), 1))
         for part in (x[start : start + size] for start in range(0, len(x), size)):
             found = transformed(matrix, self.tiling.cut(part))
-            ends = (
-                torch.stack(found.view(*found.shape[:2], len(part), -1).aminmax(dim=3)).cpu().double()
-            )  # [2, P, C, N]
+            of_image = found.view(*found.shape[:2], len(part), -1)
+            ends = torch.stack(of_image.aminmax(dim=3)).cpu().double()  # [2, P, C, N]
             for half in range(2):
                 seen = ends[..., (self.images + half) % 2 :: 2]
                 if seen.shape[3]:
