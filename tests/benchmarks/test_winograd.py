@@ -85,12 +85,14 @@ def test_a_network_is_accelerated_in_every_file(bench: Any, monkeypatch: pytest.
     monkeypatch.setattr(winograd, "sources", only_ours)
     lines = winograd.one_network(bench, "small", model, images, {1: 0.01})
     assert [line[1] for line in lines] == ["Bitsmith", "a rival's own form"]
-    first, second = bench.rows
+    first, second, pair = bench.rows
+    assert pair["fastest"] in {line[1] for line in lines}
+    assert len(pair["alone"]) == 2
     assert len(first["gains"]) == len(first["own"]) == 2
     assert first["direct_db"] > 15
     assert second["before"] > 0
     assert "gains" not in second
-    assert [verdict.what for verdict in bench.verdicts] == ["small over the fastest int8 file"]
+    assert [verdict.what for verdict in bench.verdicts] == [f"small over {pair['fastest']}, the fastest int8 file"]
 
 
 def test_our_files_are_in_the_form_of_our_target(tmp_path: Path) -> None:

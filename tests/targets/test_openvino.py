@@ -132,6 +132,32 @@ def test_a_sum_with_a_float_layer_runs_as_simulated(residual: Any, floating: tup
         np.testing.assert_allclose(got, applied(sample[None]).detach().numpy(), atol=1e-3)
 
 
+def test_a_sum_with_a_thinned_and_padded_map_runs_inside_its_convolution(tmp_path: Path) -> None:
+    """The shortcut of He et al. without weights (their option A) only moves stored integers."""
+
+    class Halving(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 16, 3, padding=1)
+            self.conv1 = nn.Conv2d(16, 32, 3, stride=2, padding=1)
+            self.conv2 = nn.Conv2d(32, 32, 3, padding=1)
+            self.last = nn.Conv2d(32, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.stem(x))
+            y = self.conv2(F.relu(self.conv1(x)))
+            return self.last(F.relu(y + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 8, 8))))
+
+    torch.manual_seed(0)
+    net, data = Halving().eval(), [(torch.randn(4, 3, 12, 12), None)]
+    plan, record = everything(net, data)
+    applied, artifact = exported(net, TARGET.adapt(plan, record), data, tmp_path / "net.xml")
+    assert TARGET.inspect(artifact)[":add"].precision == "folded"
+    for sample in data[0][0]:
+        (got,) = TARGET.run(artifact, [sample[None].numpy()])
+        np.testing.assert_allclose(got, applied(sample[None]).detach().numpy(), atol=1e-4)
+
+
 @pytest.mark.parametrize("relu", [True, False])
 def test_sums_are_read_back_as_they_run(relu: bool, tmp_path: Path) -> None:
     """Asking for a value between keeps the plugin from fusing, and the quantizer put in for that would round."""
@@ -159,7 +185,7 @@ def test_sums_are_read_back_as_they_run(relu: bool, tmp_path: Path) -> None:
 
 
 def test_a_sum_that_is_asked_for_in_float_and_runs_so_is_no_complaint(tmp_path: Path) -> None:
-    """Behind a shortcut that pads channels the plugin adds by itself, in float, and stores what was asked for."""
+    """Behind a shortcut that pads with ones the plugin adds by itself, in float, and stores what was asked for."""
 
     class Shortcut(nn.Module):
         def __init__(self) -> None:
@@ -169,7 +195,7 @@ def test_a_sum_that_is_asked_for_in_float_and_runs_so_is_no_complaint(tmp_path: 
 
         def forward(self, x: Tensor) -> Tensor:
             x = F.relu(self.stem(x))
-            return self.head(F.relu(self.conv(x) + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 8, 8))))
+            return self.head(F.relu(self.conv(x) + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 8, 8), value=1.0)))
 
     torch.manual_seed(0)
     net = Shortcut().eval()

@@ -99,9 +99,9 @@ def _is_dequantized(value: ir.Value | None) -> bool:
 
 
 def _maker(value: ir.Value | None) -> ir.Node | None:
-    """The node that a value comes from, layouts aside: what our own kernels write is transposed behind its integers."""
+    """The node that computed a value's numbers; what only moves them, or adds zeros at a border, is passed by."""
     node = value.producer() if value is not None else None
-    while node is not None and node.op_type == "Transpose":
+    while node is not None and (node.op_type in _VIEWS or (node.op_type == "Pad" and pads_zeros(node))):
         value = node.inputs[0]
         node = value.producer() if value is not None else None
     return node
