@@ -30,6 +30,12 @@ from .learn.choice import LearnedStep as LearnedStep
 from .learn.choice import differentiable_search as differentiable_search
 from .learn.finetune import TrainingError as TrainingError
 from .learn.finetune import finetune as finetune
+from .learn.precision import LearnedPrecision as LearnedPrecision
+from .learn.precision import PrecisionStep as PrecisionStep
+from .learn.precision import SizeError as SizeError
+from .learn.precision import learn_precision as learn_precision
+from .learn.size import Sizes as Sizes
+from .learn.size import learned_sizes as learned_sizes
 from .load import load as load
 from .model.apply import apply as apply
 from .model.apply import plan_of as plan_of
@@ -66,6 +72,7 @@ from .sensitivity.one_at_a_time import loss_rise as loss_rise
 from .sensitivity.one_at_a_time import output_error as output_error
 from .site import Edge as Edge
 from .site import Format as Format
+from .site import Learn as Learn
 from .site import Range as Range
 from .site import Record as Record
 from .site import Site as Site
@@ -112,13 +119,16 @@ __all__ = [
     "Gptq",
     "Int",
     "InterceptionError",
+    "Learn",
     "LearnedPlan",
+    "LearnedPrecision",
     "LearnedStep",
     "ModelRunError",
     "No",
     "Optimized",
     "Plan",
     "PlanError",
+    "PrecisionStep",
     "PrepareError",
     "Profile",
     "Progress",
@@ -130,6 +140,8 @@ __all__ = [
     "Score",
     "SearchInterrupted",
     "Site",
+    "SizeError",
+    "Sizes",
     "SmoothQuant",
     "Step",
     "Store",
@@ -148,6 +160,8 @@ __all__ = [
     "evaluator",
     "export",
     "finetune",
+    "learn_precision",
+    "learned_sizes",
     "load",
     "loss_rise",
     "metrics",

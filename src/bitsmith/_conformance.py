@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .bench import suffix
 from .model.apply import computer_of
 from .operations import ACTIVATIONS, OPERATIONS
-from .site import Format, Range
+from .site import Format, Learn, Range
 from .targets.base import Artifact, ArtifactError, Realised, Target, example_arrays
 from .technique import Technique
 
@@ -289,6 +289,8 @@ def alternatives_of(technique: Technique, name: str) -> list[Any]:
             found += typing.get_args(hint)
         elif hint is Format:
             found += [Format(8), Format(8, signed=True, symmetric=True)]
+        elif hint is Learn:
+            found += [Learn(), Learn("step_range", "ewgs")]
         elif hint is Range:
             found += [Range("percentile", 99.0), Range("mse")]
     kept: list[Any] = []

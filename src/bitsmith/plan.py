@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ._files import atomic_write
-from .site import Format, Range, Record, UnknownSiteError, contains
+from .site import Format, Learn, Range, Record, UnknownSiteError, contains
 from .technique import Step, Technique, check_fits
 
 SCHEMA = 1
@@ -209,7 +209,7 @@ def known_classes(extra: Sequence[type]) -> dict[str, type]:
             yield child
             yield from descend(child)
 
-    classes: dict[str, type] = {"Format": Format, "Range": Range}
+    classes: dict[str, type] = {"Format": Format, "Learn": Learn, "Range": Range}
     bases: tuple[type, ...] = (Technique, Step)
     for base in bases:
         for child in descend(base):

@@ -13,12 +13,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 RangeMethod = Literal["minmax", "percentile", "mse", "entropy"]
 Shape = tuple[int, ...]
+Backward = Literal["ste", "psgd", "ewgs", "tanh", "inverse_tanh", "noise"]
+"""What the derivative of rounding is taken to be: see :func:`bitsmith.numerics.rounding.slope`."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,37 @@ class Range:
 
 
 @dataclass(frozen=True)
+class Learn:
+    """How the grid of a uniform quantizer is trained with the weights, from the range that calibration chose.
+
+    ``form``: ``step``, the step alone, at fixed bits (Esser et al. 2020, LSQ, arXiv:1902.08153); ``step_range``, step
+    and range, from which the bits follow, up to 8 (Uhlich et al. 2020, arXiv:1905.11452); ``fixed``, neither.
+    ``backward``: what the derivative of the rounding is taken to be, and ``strength`` its delta, in [0, 2] (see
+    :func:`bitsmith.numerics.rounding.slope`).
+
+    >>> Learn("step_range", backward="ewgs")
+    Learn(form='step_range', backward='ewgs', strength=0.005)
+    """
+
+    form: Literal["fixed", "step", "step_range"] = "step"
+    backward: Backward = "ste"
+    strength: float = 5e-3
+
+    def __post_init__(self) -> None:
+        if self.form not in ("fixed", "step", "step_range"):
+            raise ValueError(f"Learn(form={self.form!r}): must be 'fixed', 'step' or 'step_range'")
+        if self.backward not in get_args(Backward):
+            raise ValueError(f"Learn(backward={self.backward!r}): must be one of {', '.join(get_args(Backward))}")
+        if not 0.0 <= self.strength <= 2.0:
+            raise ValueError(f"Learn(strength={self.strength}): must be 0 to 2; beyond, gradients change sign")
+
+
+@dataclass(frozen=True)
 class Format:
     """The integer format of a tensor: ``bits``, ``signed`` or not, ``symmetric`` (zero point 0) or affine.
 
-    Unsigned symmetric means zero point 0 and no negative values. ``range`` is how its limits are chosen.
+    Unsigned symmetric means zero point 0 and no negative values. ``range`` is how its limits are chosen, ``learn`` how
+    they are trained; where bits are learned, ``bits`` are those at the start.
 
     >>> Format(8).levels
     (0, 255)
@@ -59,10 +88,13 @@ class Format:
     signed: bool = False
     symmetric: bool = False
     range: Range = Range()
+    learn: Learn | None = None
 
     def __post_init__(self) -> None:
         if not (2 <= self.bits <= 8 or self.bits == 16):
             raise ValueError(f"Format(bits={self.bits}): must be 2 to 8, or 16")
+        if self.learn is not None and self.bits > 8:
+            raise ValueError(f"Format(bits={self.bits}, learn={self.learn}): grids of at most 8 bits are learned")
 
     @property
     def levels(self) -> tuple[int, int]:

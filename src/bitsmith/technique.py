@@ -177,6 +177,11 @@ class Cell(nn.Module):
         """What was learned, as a fixed technique; None: the technique it was built from."""
         return None
 
+    def weight_bits(self) -> Tensor | None:
+        """Storage of the site's weights as trained so far, in bits, shape (), with a gradient by what decides it; None:
+        what the technique says (:meth:`Technique.bits`)."""
+        return None
+
     def materialise(self) -> None:
         """Called once on the copy that is exported: store weights in the form that ships."""
 

@@ -24,7 +24,7 @@ from bitsmith.sampling import RandomAccess
 from bitsmith.technique import Technique
 
 from .._guided import Subject
-from .images import Augmented, jpeg_training
+from .._images import Augmented, jpeg_training
 
 Array = NDArray[Any]
 BATCH = 32
@@ -149,7 +149,9 @@ class Bed:
     def code(self) -> str:
         """A hash of the files that a cell depends on, those of the subject's key left out."""
         files = ("learn/finetune.py", "techniques/int_.py", "techniques/winograd.py")
-        return hash_files([*(Path(bs.__file__).parent / file for file in files), Path(__file__).parent / "images.py"])
+        return hash_files(
+            [*(Path(bs.__file__).parent / file for file in files), Path(__file__).parent.parent / "_images.py"]
+        )
 
     def key(self, cell: Cell, split: str) -> dict[str, Any]:
         """What a cell's record depends on."""

@@ -19,9 +19,9 @@ from bitsmith.technique import Technique
 
 from .. import _guided
 from .._command import Study, spread
+from .._images import Augmented
 from . import tables
 from .grid import BATCH, FORMS, INT8, TARGET, TRAINED, Bed, Cell, Form, Settings, softened
-from .images import Augmented
 
 UNIFORM = ("direct int8", "F2 int8", "F4 int8", "F4 16-bit taps")
 """What has native kernels, so a time that can be measured: F6 and flex have none and are left out."""

@@ -19,7 +19,7 @@ from repository import load
 load("benchmarks.harness")
 command, guided = load("studies._command"), load("studies._guided")
 study, grid = load("studies.winograd_aware.__main__"), load("studies.winograd_aware.grid")
-tables, images = load("studies.winograd_aware.tables"), load("studies.winograd_aware.images")
+tables, images = load("studies.winograd_aware.tables"), load("studies._images")
 
 
 class Pool:

@@ -124,7 +124,8 @@ def test_round_trip_of_plan_and_state(tmp_path: Any) -> None:
     assert bs.Plan.load(plan.save(tmp_path / "plan.json")) == plan
     assert repr(technique) == (
         "Winograd(tile=4, tap_bits=16, transforms='flex', weight_range=Range(method='mse', percentile=99.99), "
-        "out=Format(bits=8, signed=False, symmetric=False, range=Range(method='minmax', percentile=99.99)))"
+        "out=Format(bits=8, signed=False, symmetric=False, range=Range(method='minmax', percentile=99.99), "
+        "learn=None))"
     )
     layers = [nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 2, 3)]
     model = nn.Sequential(*layers).eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -259,7 +260,8 @@ def quantizer(record: Record, tensor: str, fmt: Format) -> Quantizer:
         scale, zero_point = qparams(low, high, fmt)
     except ValueError as error:
         raise CalibrationError(f"the tensor {tensor!r}, seen from {low:.6g} to {high:.6g}: {error}") from None
-    return Quantizer(fmt, scale, zero_point)
+    sizes = record.tensors[tensor].shape[1:] if tensor in record.tensors else ()
+    return Quantizer(fmt, scale, zero_point, elements=math.prod(sizes))
 
 
 def is_applied(net: nn.Module) -> bool:

@@ -26,4 +26,6 @@ def tensor_key(tensor: str, fmt: Format) -> str:
     'layer1/0:relu|u8'
     """
     detail = "" if fmt.range == type(fmt.range)() else f"-{fmt.range.method}{fmt.range.percentile:g}".replace(".", "_")
+    if fmt.learn is not None:
+        detail += f"-{fmt.learn.form}-{fmt.learn.backward}{fmt.learn.strength:g}".replace(".", "_")
     return f"{encode_key(tensor)}|{fmt}{detail}"

@@ -37,23 +37,26 @@ def storage(bits: int, signed: bool) -> torch.dtype:
     return _STORAGE[signed, 8 if bits <= 8 else 16]
 
 
-def quantize(x: Tensor, scale: float, zero_point: int, fmt: Format) -> Tensor:
+def quantize(x: Tensor, scale: float, zero_point: int, fmt: Format, levels: tuple[int, int] | None = None) -> Tensor:
     """``clamp(round(x / scale) + zero_point)`` as integers of :func:`storage` (ties to even), same shape.
 
-    ``x`` is float32, bfloat16 or float16. The division is a product with ``1 / scale``.
+    ``x`` is float32, bfloat16 or float16. The division is a product with ``1 / scale``. ``levels``: the least and the
+    greatest integer, where not all of the format's are used.
     """
     load()
-    low, high = fmt.levels
+    low, high = levels or fmt.levels
     integers: Tensor = torch.ops.quantized_decomposed.quantize_per_tensor.default(
         x, scale, zero_point, low, high, storage(fmt.bits, fmt.signed)
     )
     return integers
 
 
-def quantize_dequantize(x: Tensor, scale: float, zero_point: int, fmt: Format) -> Tensor:
+def quantize_dequantize(
+    x: Tensor, scale: float, zero_point: int, fmt: Format, levels: tuple[int, int] | None = None
+) -> Tensor:
     """``x`` as the format holds it: quantized and back, float32, same shape. No gradient passes."""
-    integers = quantize(x, scale, zero_point, fmt)
-    low, high = fmt.levels
+    integers = quantize(x, scale, zero_point, fmt, levels)
+    low, high = levels or fmt.levels
     values: Tensor = torch.ops.quantized_decomposed.dequantize_per_tensor.default(
         integers, scale, zero_point, low, high, integers.dtype
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import weakref
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from ..site import Format
 from . import dialect
+from .grid import Grid
 
 # scale, zero point, 1 / scale, least and greatest level relative to the zero point
 _Constants = tuple[float, int, float, int, int]
@@ -24,7 +26,8 @@ class Quantizer(nn.Module):
     where it is clipped.
 
     ``scale`` (float32) and ``zero_point`` (int32) are buffers of shape (), for the state dict. Change them by
-    :meth:`set` or ``load_state_dict``, never in place: what computes is a Python copy.
+    :meth:`set` or ``load_state_dict``, never in place: what computes is a Python copy. Where ``fmt.learn`` says so
+    both follow the trained ``grid``, whose gradient is ``Grid``'s; ``elements``: the values of one sample.
 
     Several cells may read one tensor through one quantizer, so the last output is handed out again to who asks with
     the same, unchanged tensor. By default only while somebody else keeps that output alive. With ``shared = True`` it
@@ -40,7 +43,7 @@ class Quantizer(nn.Module):
     # (input, its version, output, its version, constants); a class attribute, so that a copy starts without one
     _memo: tuple[weakref.ref[Tensor], int, weakref.ref[Tensor] | list[Tensor], int, _Constants] | None = None
 
-    def __init__(self, fmt: Format, scale: float, zero_point: int) -> None:
+    def __init__(self, fmt: Format, scale: float, zero_point: int, elements: int = 1) -> None:
         super().__init__()
         dialect.load()
         self.fmt = fmt
@@ -48,6 +51,14 @@ class Quantizer(nn.Module):
         self.register_buffer("scale", torch.tensor(1.0, dtype=torch.float32))
         self.register_buffer("zero_point", torch.tensor(0, dtype=torch.int32))
         self.set(scale, zero_point)
+        self.grid: Grid | None = None
+        if fmt.learn is not None:
+            low, high = self._constants[3:]
+            if fmt.learn.form == "step_range" and fmt.symmetric and fmt.signed:
+                low = -high
+            low_level, high_level = torch.tensor(float(low)), torch.tensor(float(high))
+            self.grid = Grid(fmt.learn, self.scale, low_level, high_level, elements)
+            self._seen: tuple[int, ...] = ()
 
     def set(self, scale: float, zero_point: int) -> None:
         """Change both; ``scale`` is rounded to float32. Raises ``ValueError`` on an impossible scale or zero point."""
@@ -60,19 +71,43 @@ class Quantizer(nn.Module):
         """Forget the last output."""
         self.__dict__.pop("_memo", None)
 
+    def follow(self) -> None:
+        """Take scale, zero point and bits from the trained grid, if there is one and it has moved."""
+        grid = self.grid
+        if grid is None or grid.learn.form == "fixed" or torch.compiler.is_compiling():
+            return
+        seen = tuple(parameter._version for parameter in grid.parameters())
+        if seen == self._seen:
+            return
+        with torch.no_grad():
+            scale = float(grid.values()[0])
+            low, high = (int(level) for level in grid.levels())
+            if grid.infers_bits:
+                self.fmt = dataclasses.replace(self.fmt, bits=max(2, int(grid.bits())))
+        least = self.fmt.levels[0]
+        zero_point = 0 if self.fmt.symmetric else least - low
+        self.set(scale, zero_point)
+        self._constants = (*self._constants[:3], low, high)
+        self._seen = seen
+
     def forward(self, x: Tensor) -> Tensor:
+        self.follow()
         constants = self._constants
         scale, zero_point = constants[:2]
         if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise TypeError(
                 f"Quantizer takes float32, bfloat16 or float16, got {x.dtype}; convert the model by .float()"
             )
-        trains = x.requires_grad and torch.is_grad_enabled()
+        trains = torch.is_grad_enabled() and (x.requires_grad or self.trained)
+        if self.grid is not None and trains and not torch.compiler.is_exporting():
+            learned: Tensor = self.grid(x)
+            return learned
         if torch.compiler.is_compiling():
             if trains and not torch.compiler.is_exporting():
                 x = x.to(torch.float32)
                 return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, *self.fmt.levels)
-            return dialect.quantize_dequantize(x, scale, zero_point, self.fmt)
+            low, high = constants[3:]
+            return dialect.quantize_dequantize(x, scale, zero_point, self.fmt, (low + zero_point, high + zero_point))
         if trains:
             result: Tensor = _StraightThrough.apply(x.to(torch.float32), constants)[0]  # type: ignore[no-untyped-call]
             return result
@@ -102,11 +137,17 @@ class Quantizer(nn.Module):
 
         Shapes as the operation's own: that of ``x`` is that of ``target``. Gradients pass as in :meth:`forward`.
         """
+        self.follow()
         fast = x.dtype == target.dtype == torch.float32 and not torch.is_grad_enabled()
         if not fast or torch.compiler.is_compiling():
             return target.copy_(self(x))
         scale, _, inverse, low, high = self._constants
         return torch.mul(x, inverse, out=target).round_().clamp_(low, high).mul_(scale)
+
+    @property
+    def trained(self) -> bool:
+        """Whether a parameter of its own follows the loss."""
+        return self.grid is not None and any(parameter.requires_grad for parameter in self.grid.parameters())
 
     @property
     def rectifies(self) -> bool:
@@ -115,7 +156,9 @@ class Quantizer(nn.Module):
 
     def integers(self, x: Tensor) -> Tensor:
         """The integers that stand for ``x``: same shape, type by :func:`~.dialect.storage`."""
-        return dialect.quantize(x.detach(), self._constants[0], self._constants[1], self.fmt)
+        self.follow()
+        scale, zero_point, _, low, high = self._constants
+        return dialect.quantize(x.detach(), scale, zero_point, self.fmt, (low + zero_point, high + zero_point))
 
     def extra_repr(self) -> str:
         return f"{self.fmt}, scale={self._constants[0]:.6g}, zero_point={self._constants[1]}"
@@ -132,6 +175,7 @@ class Quantizer(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.set(float(self.scale), int(self.zero_point))
+        self._seen = ()  # the grid is loaded behind this
 
 
 def _constants(fmt: Format, scale: float, zero_point: int) -> _Constants:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..site import Format
 from . import dialect
+from .grid import Grid
 
 
 def fake_quantize_weight(weight: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, fmt: Format) -> Tensor:
@@ -26,6 +27,18 @@ def fake_quantize_weight(weight: Tensor, scale: Tensor, zero_point: Tensor, axis
         rows, scale.reshape(-1), zero_point.reshape(-1).to(torch.int32), 0, low, high
     )
     return flat.reshape(weight.shape)
+
+
+def learned_weight(weight: Tensor, grid: Grid, axis: int | None) -> Tensor:
+    """The weight on a grid that is trained, same shape, float32: its steps as ``scale`` above."""
+    shape = grid.first_step.shape
+    if len(shape) == 2:
+        found: Tensor = grid(weight.reshape(grid.first_step.numel(), -1), (-1, 1))
+        return found.reshape(weight.shape)
+    view = [1] * weight.dim()
+    if shape and axis is not None:
+        view[axis] = -1
+    return grid(weight, tuple(view) if shape else ())  # type: ignore[no-any-return]
 
 
 def integers_of(on_grid: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, fmt: Format) -> Tensor:

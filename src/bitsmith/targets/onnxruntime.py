@@ -132,7 +132,9 @@ class OnnxRuntime(Target):
             if not isinstance(technique, Int) or technique.a is None or not _needs_output(site):
                 continue
             if technique.out is None and (tail := _tail(site, record)) is not None and tail not in written:
-                sites[name] = dataclasses.replace(technique, out=Format(technique.a, range=technique.range))
+                sites[name] = dataclasses.replace(
+                    technique, out=Format(technique.a, range=technique.range, learn=technique.learn)
+                )
         return plan.replace(sites=sites, groups=shared_groups(plan.groups, sites))
 
     def realise(self, plan: Plan, record: Record) -> Mapping[str, Realised | No]:

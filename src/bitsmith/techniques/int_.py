@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,9 +11,11 @@ from torch import Tensor, nn
 
 from ..numerics import dialect
 from ..numerics.derived import Derived
+from ..numerics.grid import Grid
+from ..numerics.quantizer import Quantizer
 from ..numerics.ranges import weight_qparams
-from ..numerics.weights import dequantize_bias, fake_quantize_weight, folded_affine, integers_of
-from ..site import Format, Range, Record, Site
+from ..numerics.weights import dequantize_bias, fake_quantize_weight, folded_affine, integers_of, learned_weight
+from ..site import Format, Learn, Range, Record, Site
 from ..technique import Cell, No, Technique
 
 Granularity = Literal["tensor", "channel", "group"]
@@ -31,7 +34,9 @@ class Int(Technique):
     the weight scales: per ``tensor``, per output ``channel``, or per ``group`` of that many entries of the reduction
     axis (axis 1). ``range``, ``weight_range``: how limits are chosen. ``out``: integer format of the output behind
     its epilogue; runtimes that need one get it from ``target.adapt``. ``unsigned``: operands, by position, that are
-    never negative and stored so whatever ``signed`` says: one bit more for what comes from a softmax.
+    never negative and stored so whatever ``signed`` says: one bit more for what comes from a softmax. ``learn``: how
+    the activations' grid is trained, and ``weight_learn`` that of the weights; None keeps what calibration chose. Where
+    bits are learned, ``w`` and ``a`` are those at the start, and what ``settle`` gives has those at the end.
 
     >>> Int(8, 8)
     Int(w=8, a=8)
@@ -50,6 +55,8 @@ class Int(Technique):
     weight_range: Range = Range()  # noqa: RUF009
     out: Format | None = None
     unsigned: tuple[int, ...] = ()
+    learn: Learn | None = None
+    weight_learn: Learn | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.w, int) or not 2 <= self.w <= 8:
@@ -62,6 +69,10 @@ class Int(Technique):
             raise ValueError("Int: granularity='group' and group=N (above 0) go together")
         if self.weight_range.method == "entropy" and self.granularity != "tensor":
             raise ValueError("Int: weight_range=Range('entropy') needs granularity='tensor': a channel has few weights")
+        if self.learn is not None and (self.a is None or self.a > 8):
+            raise ValueError(f"Int(a={self.a}, learn={self.learn}): grids of 2 to 8 bits are learned")
+        if self.weight_learn is not None and self.affine_weights:
+            raise ValueError("Int(affine_weights=True, weight_learn=...): grids of symmetric weights are learned")
 
     def __repr__(self) -> str:
         return f"Int({', '.join(f'{name}={value!r}' for name, value in self._changed())})"
@@ -75,7 +86,8 @@ class Int(Technique):
         parts = []
         for name, value in self._changed():
             if name not in ("out", "unsigned"):
-                parts.append(f"{name}={value.method if isinstance(value, Range) else repr(value)}")
+                short = value.method if isinstance(value, Range) else value.form if isinstance(value, Learn) else None
+                parts.append(f"{name}={repr(value) if short is None else short}")
         return f"Int({', '.join(parts)})"
 
     def _changed(self) -> list[tuple[str, Any]]:
@@ -104,7 +116,7 @@ class Int(Technique):
         if self.a is None:
             return (None,) * len(site.operands)
         return tuple(
-            Format(self.a, self.signed and k not in self.unsigned, self.symmetric, self.range)
+            Format(self.a, self.signed and k not in self.unsigned, self.symmetric, self.range, self.learn)
             if o.floating and not o.constant
             else None
             for k, o in enumerate(site.operands)
@@ -178,6 +190,8 @@ class _IntCell(Cell):
         weight = site.weight
         self.slot = site.operands.index(weight) if weight is not None else -1
         self.axis: int | None = None
+        self.technique, self.learn = technique, technique.weight_learn
+        self.grid: Grid | None = None
         self._kept: Derived[tuple[Tensor, Tensor | None]] = Derived()
         self.int32_bias = site.kind in _INT32_BIAS and technique.a is not None and not technique.group
         if weight is None:
@@ -205,6 +219,7 @@ class _IntCell(Cell):
         self.register_buffer("weight_scale", scale)
         self.register_buffer("weight_zero_point", zero_point)
         self._first_bias = None if bias is None else bias.detach().float().abs()
+        self.elements = values.numel()
 
     def attach(self, quantizers: Any, at_read: tuple[bool, ...], norm: tuple[nn.Module, ...] = ()) -> None:
         super().attach(quantizers, at_read, norm)
@@ -215,6 +230,14 @@ class _IntCell(Cell):
             floor = floor if self.weight_scale.dim() else floor.max()
             with torch.no_grad():
                 self.weight_scale.copy_(torch.maximum(self.weight_scale, floor))
+        if self.learn is not None and self.slot >= 0:
+            low, high = self.format.levels
+            low = -high if self.learn.form == "step_range" else low
+            scale = self.weight_scale
+            levels = torch.full_like(scale, float(low)), torch.full_like(scale, float(high))
+            self.grid = Grid(self.learn, scale, levels[0], levels[1], self.elements // scale.numel())
+            if self.grid.infers_bits:
+                self.format = dataclasses.replace(self.format, bits=8)
 
     def forward(self, *operands: Tensor, **rest: Any) -> Any:
         given = [x if i == self.slot else self.read(i, x) for i, x in enumerate(operands)]
@@ -229,9 +252,9 @@ class _IntCell(Cell):
     def _weight_and_bias(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.frozen:
             return self._shipped(bias)
-        sources = [
-            t for t in (weight, bias, self.weight_scale, self._input_scale(), *self._statistics()) if t is not None
-        ]
+        learned = () if self.grid is None else tuple(self.grid.parameters())
+        given = (weight, bias, self.weight_scale, self._input_scale(), *learned, *self._statistics())
+        sources = [t for t in given if t is not None]
         return self._kept.of(sources, lambda: self._simulated(weight, bias))
 
     def train(self, mode: bool = True) -> _IntCell:
@@ -259,7 +282,13 @@ class _IntCell(Cell):
         return folded, self._bias_on_grid(shift + bias * factor if bias is not None else shift)
 
     def _on_grid(self, weight: Tensor) -> Tensor:
+        if self.grid is not None:
+            return learned_weight(weight, self.grid, self.axis)
         return fake_quantize_weight(weight, self.weight_scale, self.weight_zero_point, self.axis, self.format)
+
+    def _scale(self) -> Tensor:
+        """The step of the weights, without a gradient."""
+        return self.weight_scale if self.grid is None else self.grid.values()[0].detach()
 
     def _input_scale(self) -> Tensor | None:
         """Scale of the activation, where bias is a 32-bit integer in units of input scale x weight scale."""
@@ -272,9 +301,30 @@ class _IntCell(Cell):
         source = self._input_scale()
         if bias is None or source is None:
             return bias
-        step = self.weight_scale * source
+        step = self._scale() * source
         rounded = torch.round(bias.detach() / step).clamp(-(2.0**31), 2.0**31 - 1) * step
         return bias + (rounded - bias.detach())
+
+    # -- what was learned ------------------------------------------------------------------------------------------
+
+    def weight_bits(self) -> Tensor | None:
+        """Integers of each slice's bits, and for each slice a float32 step and 3 bits that say how many bits."""
+        if self.grid is None or not self.grid.infers_bits:
+            return None
+        bits = self.grid.bits()
+        return bits.mean() * self.elements + bits.numel() * (32 + 3)
+
+    def settle(self) -> Int | None:
+        """With the bits that were learned, the most of any channel or operand."""
+        found = self.technique
+        if self.grid is not None and self.grid.infers_bits:
+            found = dataclasses.replace(found, w=max(2, int(self.grid.bits().max())))
+        quantizers = [q for q in self.quantizers if isinstance(q, Quantizer) and q.grid is not None]
+        for quantizer in quantizers:
+            quantizer.follow()
+        if quantizers and found.learn is not None and found.learn.form == "step_range":
+            found = dataclasses.replace(found, a=max(quantizer.fmt.bits for quantizer in quantizers))
+        return None if found == self.technique else found
 
     # -- export --------------------------------------------------------------------------------------------------
 
@@ -282,6 +332,7 @@ class _IntCell(Cell):
         if self._kept.value is None:  # nothing to ship: no weight, or the example does not come here
             return
         weight, bias = self._kept.value
+        self.weight_scale = self._scale().clone()
         integers = integers_of(weight, self.weight_scale, self.weight_zero_point, self.axis, self.format)
         self.weight_name = "weight_q4" if self.format.bits <= 4 else "weight_q"
         self.register_buffer(self.weight_name, integers)

@@ -1,4 +1,4 @@
-"""The training images: drawn anew in each epoch, turned over and shifted; the lossless ones, or the JPEG ones."""
+"""Training images of CIFAR-10, lossless or JPEG: drawn anew in each epoch, turned over and shifted."""
 
 from __future__ import annotations
 

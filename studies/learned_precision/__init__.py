@@ -1,0 +1,1 @@
+"""How many bits each tensor needs, learned with the weights."""

@@ -1,0 +1,137 @@
+"""Learned precision: what it must keep, that it does, what it counts and what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import bitsmith as bs
+from bitsmith.model.apply import computer_of
+from bitsmith.numerics.grid import Grid
+from smallnet import batches, small
+
+SITES = ("stem", "left", "right", "head")
+LEARN = bs.Learn("step_range")
+
+
+def applied(w: int = 4, a: int = 4, granularity: Any = "channel", learn: bs.Learn | None = LEARN) -> nn.Module:
+    technique = bs.Int(w, a, granularity=granularity, learn=learn, weight_learn=learn)
+    return bs.apply(small(), bs.Plan(dict.fromkeys(SITES, technique)), batches(2))
+
+
+def by_hand(net: nn.Module, w: int, a: int, extra: int) -> tuple[float, float]:
+    """Bytes of a network whose every weight has ``w`` bits and every tensor that is read ``a``."""
+    weights, tensors = 0.0, dict[str, int]()
+    for name in SITES:
+        site = computer_of(net).record_sites[name]
+        weight, operand = site.operands[1], site.operands[0]
+        weights += weight.numel * w + weight.shape[0] * (32 + extra)
+        tensors[operand.tensor] = operand.numel // operand.shape[0]
+    return weights / 8, sum(tensors.values()) * a / 8
+
+
+def test_sizes_are_those_counted_by_hand() -> None:
+    for learn, extra in ((LEARN, 3), (None, 0)):
+        net = applied(learn=learn)
+        sizes = bs.learned_sizes(net)
+        weights, activations = by_hand(net, 4, 4, extra)
+        assert float(sizes.weights.detach()) == pytest.approx(weights)
+        assert float(sizes.activations.detach()) == pytest.approx(activations)
+        assert float(sizes.total.detach()) == pytest.approx(weights + activations)
+        greatest = bs.learned_sizes(net, "max").activations
+        assert float(greatest.detach()) == pytest.approx(8 * 12 * 12 * 4 / 8)
+
+
+def test_the_greatest_tensor_alone_gets_the_gradient_of_the_maximum() -> None:
+    net = applied()
+    bs.learned_sizes(net, "max").activations.backward()
+    moved = {
+        name: float(module.log_step.grad or 0.0)
+        for name, module in net.named_modules()
+        if isinstance(module, Grid) and "tensors" in name
+    }
+    assert len([slope for slope in moved.values() if slope]) >= 1
+    assert all(slope <= 0 for slope in moved.values())
+    assert any(slope == 0 for slope in moved.values())
+
+
+def test_sites_that_are_not_planned_count_as_float() -> None:
+    net = bs.apply(small(), bs.Plan({"left": bs.Int(4, 4, learn=LEARN, weight_learn=LEARN)}), batches(2))
+    floats = sum(net.state_dict()[f"{name}.weight"].numel() for name in ("stem", "right", "head"))
+    assert float(bs.learned_sizes(net).weights.detach()) == pytest.approx(4 * floats + 8 * 8 * 9 / 2 + 8 * 35 / 8)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_limits_are_kept_and_the_network_still_works(granularity: Any) -> None:
+    net, data = applied(5, 5, granularity), batches(20, seed=3)
+    before = bs.learned_sizes(net)
+    limits = {"weights": 0.8 * float(before.weights.detach()), "activations": 0.6 * float(before.activations.detach())}
+    found = bs.learn_precision(
+        net, data, F.cross_entropy, steps=(5, 80, 10), lr=2e-3, grid_lr=3e-2, validation=batches(2, seed=4), **limits
+    )
+    assert found.weights <= limits["weights"]
+    assert found.activations <= limits["activations"]
+    assert len(found.history) == 80
+    sizes = bs.learned_sizes(found.net)
+    assert (found.weights, found.activations) == (float(sizes.weights.detach()), float(sizes.activations.detach()))
+    assert {t.a for t in found.plan.sites.values() if isinstance(t, bs.Int)} <= {2, 3, 4, 5}
+    with torch.no_grad():
+        right = torch.cat([found.net(x).argmax(1) == y for x, y in batches(10, seed=5)])
+    assert float(right.float().mean()) > 0.9
+    again = bs.learn_precision(
+        net, data, F.cross_entropy, steps=(5, 80, 10), lr=2e-3, grid_lr=3e-2, validation=batches(2, seed=4), **limits
+    )
+    assert all(torch.equal(a, b) for a, b in zip(found.net.parameters(), again.net.parameters(), strict=True))
+
+
+def test_a_limit_on_both_together_and_a_teacher_without_a_loss() -> None:
+    net = applied(5, 5)
+    limit = 0.7 * float(bs.learned_sizes(net).total.detach())
+    found = bs.learn_precision(
+        net, batches(10, seed=3), steps=(0, 60, 0), total=limit, teacher=small(), lr=2e-3, grid_lr=0.1, every=2
+    )
+    assert found.weights + found.activations <= limit
+    assert found.net.training == net.training
+
+
+def test_the_grids_move_in_the_mixed_phase_only_and_by_every_nth_step() -> None:
+    net = applied(5, 5)
+    limit = 0.95 * float(bs.learned_sizes(net).total.detach())
+    found = bs.learn_precision(
+        net, batches(10, seed=3), F.cross_entropy, steps=(3, 9, 3), total=limit, every=3, grid_lr=0.6, judged=9
+    )
+    totals = [step.weights + step.activations for step in found.history]
+    assert totals[0] == totals[1] == totals[2] > totals[3]
+    assert totals[3] == totals[4] == totals[5]
+    assert totals[0] == pytest.approx(float(bs.learned_sizes(net).total.detach()))
+
+
+@pytest.mark.parametrize("what", ["weights", "activations", "total"])
+def test_a_limit_that_the_fewest_bits_pass_is_refused_before_training(what: str) -> None:
+    with pytest.raises(bs.SizeError, match="fewest bits"):
+        bs.learn_precision(applied(), batches(1), F.cross_entropy, steps=(0, 1, 0), **{what: 10.0})  # type: ignore[arg-type]
+
+
+def test_a_limit_that_was_not_kept_says_how_far_it_was() -> None:
+    net = applied()
+    limit = 0.6 * float(bs.learned_sizes(net).total.detach())
+    with pytest.raises(bs.SizeError, match="the last takes"):
+        bs.learn_precision(net, batches(1), F.cross_entropy, steps=(0, 2, 0), total=limit, grid_lr=1e-6)
+
+
+def test_bad_calls_say_what_to_do() -> None:
+    net, data = applied(), batches(1)
+    with pytest.raises(ValueError, match="three numbers"):
+        bs.learn_precision(net, data, F.cross_entropy, steps=(1, 0, 1), total=1e6)
+    with pytest.raises(ValueError, match="limit in bytes"):
+        bs.learn_precision(net, data, F.cross_entropy, steps=(1, 1, 1))
+    with pytest.raises(ValueError, match="loss"):
+        bs.learn_precision(net, data, steps=(1, 1, 1), total=1e6)
+    with pytest.raises(ValueError, match="infers bits"):
+        bs.learn_precision(applied(learn=bs.Learn()), data, F.cross_entropy, steps=(1, 1, 1), total=1e6)
+    with pytest.raises(bs.TrainingError, match="mixed phase"):
+        bs.learn_precision(net, data, lambda output, y: output.sum() * float("nan"), steps=(0, 1, 0), total=1e6)
