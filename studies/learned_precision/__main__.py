@@ -33,7 +33,7 @@ PHASES = (0.2, 0.5, 0.3)
 SECONDS = 0.45
 """Of one training step on one core of a Zen 5, for the estimate."""
 UNIFORM = (2, 3, 4, 8)
-LEARNED = ((2, 1.0), (3, 1.0), (4, 1.0), (8, 0.75))
+LEARNED = ((2, 1.0), (3, 1.0), (4, 1.0), (6, 1.0))
 """Bits, and the share of what they take everywhere."""
 # what moves the grids more rarely moves them further at once
 ABLATED: tuple[Mapping[str, Any], ...] = (
