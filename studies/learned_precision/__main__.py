@@ -21,11 +21,12 @@ from bitsmith.zoo.tasks import cifar_task
 from bitsmith.zoo.weights import load_npz
 
 from .._command import Study, spread
+from . import searched
 from .cells import Bed, Cell
 
-SHARES = {"tune": 0.4, "front": 0.6, "ablations": 0.4}
+SHARES = {"tune": 0.4, "front": 0.55, "searched": 0.1, "ablations": 0.35}
 """Of the time, by part."""
-DEFAULT = ("front", "ablations")
+DEFAULT = ("front", "searched", "ablations")
 TRAINING, VALIDATION = 3000, 1000
 STEPS, FULL_STEPS = 90, 3000
 PHASES = (0.2, 0.5, 0.3)
@@ -33,6 +34,7 @@ PHASES = (0.2, 0.5, 0.3)
 SECONDS = 0.45
 """Of one training step on one core of a Zen 5, for the estimate."""
 UNIFORM = (2, 3, 4, 8)
+SEARCHED = (2, 3, 4)
 LEARNED = ((2, 1.0), (3, 1.0), (4, 1.0), (6, 1.0))
 """Bits, and the share of what they take everywhere."""
 # what moves the grids more rarely moves them further at once
@@ -81,21 +83,22 @@ def run(study: Study, bed: Bed, cells: Sequence[Cell], split: str, progress: Pro
     return found
 
 
-Found = dict[str, list[tuple[Cell, Any]]]
+Groups = dict[str, list[tuple[Any, Any]]]
+"""By name: cells and their records."""
 
 
-def grouped(found: Sequence[tuple[Cell, Any]]) -> Found:
-    groups: Found = {}
+def grouped(found: Sequence[tuple[Any, Any]]) -> Groups:
+    groups: Groups = {}
     for cell, record in found:
         groups.setdefault(cell.name, []).append((cell, record))
     return groups
 
 
-def accuracy(records: Sequence[tuple[Cell, Any]]) -> list[float]:
+def accuracy(records: Sequence[tuple[Any, Any]]) -> list[float]:
     return [100.0 * record["right"].count("1") / len(record["right"]) for _, record in records]
 
 
-def kilobytes(records: Sequence[tuple[Cell, Any]]) -> float:
+def kilobytes(records: Sequence[tuple[Any, Any]]) -> float:
     return statistics.fmean(record["weights"] + record["activations"] for _, record in records) / 1000
 
 
@@ -104,7 +107,7 @@ def standard_error(a: Sequence[float], b: Sequence[float]) -> float:
     return float(np.sqrt(np.var(a, ddof=1) / len(a) + np.var(b, ddof=1) / len(b))) if min(len(a), len(b)) > 1 else 0.0
 
 
-def told(groups: Found, title: str) -> None:
+def told(groups: Groups, title: str) -> None:
     heads = ["network", "seeds", "top-1 %", "weights kB", "activations kB", "total kB"]
     lines = []
     for name, records in groups.items():
@@ -157,7 +160,7 @@ def front(study: Study, bed: Bed, progress: Progress) -> None:
     plot(groups, Path(study.options.plot))
 
 
-def plot(groups: Found, path: Path) -> None:
+def plot(groups: Groups, path: Path) -> None:
     """Accuracy against size, as an SVG file."""
     try:
         from matplotlib.figure import Figure
@@ -177,6 +180,22 @@ def plot(groups: Found, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     print(f"plot: {path}")
+
+
+def plans(study: Study, bed: Bed, progress: Progress) -> None:
+    """What the search finds without training, at the weights' size of the same bits everywhere."""
+    found = []
+    for seed in range(study.options.seeds):
+        for bits in SEARCHED:
+            cell = searched.Searched(bits, seed)
+            key, label = searched.key(bed, cell, "test"), f"{cell.name}, seed {seed}"
+            record = study.row("learned precision", key, label, partial(searched.record, bed, cell, "test"))
+            if record is not None:
+                found.append((cell, record))
+                row = {"name": cell.name, "seed": seed, "split": "test", "samples": len(record["right"])}
+                sizes = {what: record[what] for what in ("weights", "activations", "bits")}
+                study.rows.append({**row, "top1": record["right"].count("1") / len(record["right"]), **sizes})
+    told(grouped(found), "post-training plans of the search, activations of 8 bits")
 
 
 def ablations(study: Study, bed: Bed, progress: Progress) -> None:
@@ -236,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     bed = Bed(network(root), task_of(root))
     chosen = options.only or (tuple(SHARES) if options.full else DEFAULT)
     with TerminalProgress() as progress:
-        for name, part in (("tune", tune), ("front", front), ("ablations", ablations)):
+        for name, part in (("tune", tune), ("front", front), ("searched", plans), ("ablations", ablations)):
             if name in chosen:
                 study.part(SHARES[name] / sum(SHARES[one] for one in chosen))
                 part(study, bed, progress)

@@ -123,20 +123,10 @@ class Bed:
             (steps,) = cell.steps
             net = bs.finetune(self.uniform(cell), images, steps=steps, seed=cell.seed, **common)
         else:
-            start = self.plan(min(8, cell.bits + cell.above), cell, "step_range")
-            found = bs.learn_precision(
-                bs.apply(self.model, start, self.drawn(cell.seed)),
-                images,
-                steps=cell.steps,  # type: ignore[arg-type]
-                total=cell.share * self.bytes_of(cell.bits, cell.seed),
-                every=cell.every,
-                grid_lr=cell.grid_rate,
-                validation=self.validation(),
-                seed=cell.seed,
-                **common,
-            )
+            found, rate = self.learned(cell, images, common)
             net = found.net
             learned = {
+                "grid_rate": rate,
                 "bits": {name: [t.w, t.a] for name, t in found.plan.sites.items() if isinstance(t, bs.Int)},
                 "totals": [step.weights + step.activations for step in found.history],
             }
@@ -148,6 +138,33 @@ class Bed:
             "activations": float(sizes.activations.detach()),
             **learned,
         }
+
+    def learned(self, cell: Cell, images: Any, common: dict[str, Any]) -> tuple[bs.LearnedPrecision, float]:
+        """With the first of some rates of the grids, each twice the one before, that keeps the limit; and that rate."""
+        start = bs.apply(
+            self.model, self.plan(min(8, cell.bits + cell.above), cell, "step_range"), self.drawn(cell.seed)
+        )
+        rates = [cell.grid_rate * 2**k for k in range(4)]
+        assert cell.share is not None
+        for rate in rates:
+            try:
+                found = bs.learn_precision(
+                    start,
+                    images,
+                    steps=cell.steps,  # type: ignore[arg-type]
+                    total=cell.share * self.bytes_of(cell.bits, cell.seed),
+                    every=cell.every,
+                    grid_lr=rate,
+                    validation=self.validation(),
+                    seed=cell.seed,
+                    **common,
+                )
+            except bs.SizeError:
+                if rate == rates[-1]:
+                    raise
+            else:
+                return found, rate
+        raise AssertionError("the last rate returns or raises")
 
     def validation(self) -> list[Any]:
         """The first 256 of the held-out training images."""
