@@ -28,8 +28,10 @@ from .gradual import Certainty as Certainty
 from .learn.choice import LearnedPlan as LearnedPlan
 from .learn.choice import LearnedStep as LearnedStep
 from .learn.choice import differentiable_search as differentiable_search
-from .learn.finetune import TrainingError as TrainingError
 from .learn.finetune import finetune as finetune
+from .learn.history import History as History
+from .learn.history import TrainingStep as TrainingStep
+from .learn.loop import TrainingError as TrainingError
 from .load import load as load
 from .model.apply import apply as apply
 from .model.apply import plan_of as plan_of
@@ -110,6 +112,7 @@ __all__ = [
     "Float",
     "Format",
     "Gptq",
+    "History",
     "Int",
     "InterceptionError",
     "LearnedPlan",
@@ -137,6 +140,7 @@ __all__ = [
     "Task",
     "Technique",
     "TrainingError",
+    "TrainingStep",
     "UnknownSiteError",
     "Unlabelled",
     "Wants",
