@@ -67,7 +67,8 @@ class Checkpoint:
             "values": self.values,
             "checks": {name: _check(tensor) for name, tensor in tensors.items()},
         }
-        metadata = {"bitsmith": json.dumps(about, allow_nan=False)}
+        text = json.dumps(about, allow_nan=False)
+        metadata = {"bitsmith": text, "check": str(zlib.crc32(text.encode()))}
         atomic_write(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
     @classmethod
@@ -78,23 +79,24 @@ class Checkpoint:
         mend = f"delete {path} to begin again, or put an earlier copy there"
         try:
             with safe_open(path, framework="pt") as file:
-                about = json.loads((file.metadata() or {}).get("bitsmith", "null"))
+                metadata = file.metadata() or {}
+                text = metadata.get("bitsmith", "null")
+                about = json.loads(text)
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
         except (SafetensorError, OSError, ValueError) as error:
             raise TrainingError(
                 f"{path} cannot be read as a checkpoint, it is cut off or damaged ({error}): {mend}"
             ) from None
         if not isinstance(about, dict) or about.get("kind") != KIND:
-            raise TrainingError(
-                f"{path} is no checkpoint of a training but another safetensors file: give another path"
-            )
+            raise TrainingError(f"{path} is a safetensors file but no checkpoint of a training: give another path")
         if about.get("schema") != SCHEMA:
             raise TrainingError(
                 f"{path} has checkpoint schema {about.get('schema')!r}, this version reads {SCHEMA}: go on with the "
                 f"version of Bitsmith that wrote it, or {mend}"
             )
         damaged = sorted(
-            {name for name, tensor in tensors.items() if about["checks"].get(name) != _check(tensor)}
+            ({"its header"} if metadata.get("check") != str(zlib.crc32(text.encode())) else set())
+            | {name for name, tensor in tensors.items() if about["checks"].get(name) != _check(tensor)}
             | (about["checks"].keys() - tensors.keys())
         )
         if damaged:

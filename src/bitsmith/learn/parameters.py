@@ -105,10 +105,14 @@ def optimizer_of(
 
 
 def described(optimizer: torch.optim.Optimizer) -> str:
-    """Its class and the options of each group, in one line."""
-    groups = (
-        ", ".join(f"{name}={value!r}" for name, value in group.items() if name != "params")
-        + f" for {len(group['params'])}"
-        for group in optimizer.param_groups
-    )
+    """Its class and the options of each group that are not off, as they were before a schedule changed them.
+
+    >>> described(torch.optim.SGD([torch.zeros(2)], 0.1, momentum=0.9))
+    'SGD(lr=0.1, momentum=0.9 for 1)'
+    """
+    groups = []
+    for group in optimizer.param_groups:
+        options = {name: group.get(f"initial_{name}", group[name]) for name in optimizer.defaults}
+        said = ", ".join(f"{name}={value!r}" for name, value in options.items() if value or name == "lr")
+        groups.append(f"{said} for {len(group['params'])}")
     return f"{type(optimizer).__name__}({'; '.join(groups)})"
