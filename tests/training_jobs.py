@@ -23,7 +23,7 @@ import bitsmith as bs
 from bitsmith.learn.state import tensors_of
 from smallnet import batches, small, task
 
-PLAN = bs.Plan({"left": bs.Int(4, 4), "right": bs.Winograd(2), "head": bs.Float()})
+PLAN = bs.Plan({"left": bs.Int(4, 4), "right": bs.Int(8, 8), "head": bs.Float()})
 
 
 class Dropping(nn.Module):
@@ -58,7 +58,7 @@ class Augmented:
 def resumable(folder: Path, kill_at: int = -1, **changes: Any) -> tuple[nn.Module, bs.History]:
     """Everything that must come back after a kill: int and Winograd cells, dropout, an average, a best, a schedule."""
     model = Dropping()
-    plan = bs.Plan({f"net.{name}": technique for name, technique in PLAN.sites.items()})
+    plan = bs.Plan({"net.left": bs.Int(4, 4), "net.right": bs.Winograd(2), "net.head": bs.Float()})
     net = bs.apply(model, plan, batches(2, seed=2))
     history = bs.History()
     trained = bs.finetune(

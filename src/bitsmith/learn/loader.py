@@ -53,7 +53,7 @@ class Stream:
             raise DataError(
                 "the training loader's DistributedSampler gives each process a part already, and finetune would divide "
                 "that again: leave the sampler out; each process reads the loader and takes every "
-                f"{share[1]}th item"
+                f"{share[1]}th of its items"
             )
         self._state = torch.Generator().manual_seed(seed).get_state()
         self._iterator: Iterator[tuple[Any, Any]] | None = None
