@@ -28,8 +28,10 @@ from .gradual import Certainty as Certainty
 from .learn.choice import LearnedPlan as LearnedPlan
 from .learn.choice import LearnedStep as LearnedStep
 from .learn.choice import differentiable_search as differentiable_search
-from .learn.finetune import TrainingError as TrainingError
 from .learn.finetune import finetune as finetune
+from .learn.history import History as History
+from .learn.history import TrainingStep as TrainingStep
+from .learn.loop import TrainingError as TrainingError
 from .learn.precision import LearnedPrecision as LearnedPrecision
 from .learn.precision import PrecisionStep as PrecisionStep
 from .learn.precision import SizeError as SizeError
@@ -117,6 +119,7 @@ __all__ = [
     "Float",
     "Format",
     "Gptq",
+    "History",
     "Int",
     "InterceptionError",
     "Learn",
@@ -149,6 +152,7 @@ __all__ = [
     "Task",
     "Technique",
     "TrainingError",
+    "TrainingStep",
     "UnknownSiteError",
     "Unlabelled",
     "Wants",

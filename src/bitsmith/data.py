@@ -50,10 +50,11 @@ class Unlabelled:
         return len(self.loader)  # type: ignore[arg-type]  # a loader without a length raises its own TypeError
 
 
-def check_loader(loader: Any, role: str, fixed_order: bool = True) -> None:
+def check_loader(loader: Any, role: str, fixed_order: bool = True, once: bool = False) -> None:
     """Raise :class:`DataError` for what cannot be a loader, before anything is read from it.
 
     ``role`` names it in the message: calibration, validation, test. ``fixed_order``: refuse one that shuffles.
+    ``once``: let a one-shot iterator pass.
     """
     inner = loader.loader if isinstance(loader, Unlabelled) else loader
     if isinstance(inner, (Tensor, np.ndarray)):
@@ -66,7 +67,7 @@ def check_loader(loader: Any, role: str, fixed_order: bool = True) -> None:
             f"the {role} loader is one mapping, {describe(inner)}; give a list of batches: [(inputs, target)]"
         )
     # a one-shot iterator has __next__; asking iter(loader) instead would start a DataLoader's workers
-    if hasattr(type(inner), "__next__"):
+    if one_shot(inner) and not once:
         raise DataError(
             f"the {role} loader is a one-shot {type(inner).__name__}: it would be empty the second time it is read; "
             f"give a list or a DataLoader: {role}=list(loader)"
@@ -87,12 +88,22 @@ def check_loader(loader: Any, role: str, fixed_order: bool = True) -> None:
         )
 
 
-def items(loader: Any, role: str) -> Iterator[tuple[Any, Any]]:
+def one_shot(loader: Any) -> bool:
+    """Whether it is an iterator, which can be read only once.
+
+    >>> one_shot(iter([])), one_shot([])
+    (True, False)
+    """
+    return hasattr(type(loader.loader if isinstance(loader, Unlabelled) else loader), "__next__")
+
+
+def items(loader: Any, role: str, once: bool = False) -> Iterator[tuple[Any, Any]]:
     """The loader's ``(inputs, target)`` pairs, checked, NumPy arrays as tensors.
 
-    ``role`` (calibration, validation, test) names the loader in messages. Raises :class:`DataError`.
+    ``role`` (calibration, validation, test) names the loader in messages. ``once``: it may be a one-shot iterator.
+    Raises :class:`DataError`.
     """
-    check_loader(loader, role, fixed_order=False)
+    check_loader(loader, role, fixed_order=False, once=once)
     return _items(loader, role)
 
 

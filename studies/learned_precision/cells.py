@@ -121,7 +121,8 @@ class Bed:
         learned: dict[str, Any] = {}
         if cell.share is None:
             (steps,) = cell.steps
-            net = bs.finetune(self.uniform(cell), images, steps=steps, seed=cell.seed, **common)
+            groups = {"*.grid.log_*": {"lr": cell.grid_rate}}
+            net = bs.finetune(self.uniform(cell), images, steps=steps, groups=groups, seed=cell.seed, **common)
         else:
             found, rate = self.learned(cell, images, common)
             net = found.net

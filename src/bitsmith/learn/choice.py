@@ -19,7 +19,8 @@ from ..profile import Profile
 from ..progress import Progress, Silent
 from ..site import Site, UnknownSiteError
 from ..technique import Technique
-from .finetune import Loss, TrainingError, active_cells, endless, objective, settle, training_mode
+from .loader import endless
+from .loop import Loss, TrainingError, active_cells, objective, settle, training_mode
 
 Latency = Profile | Mapping[tuple[str, Technique], float]
 """A profile, or ms by (site, technique); ``math.inf`` for what is not to be had."""

@@ -17,17 +17,9 @@ from ..model.network import duplicate
 from ..numerics.grid import Grid
 from ..plan import Plan
 from ..progress import Progress, Silent
-from .finetune import (
-    Loss,
-    TrainingError,
-    active_cells,
-    divergence,
-    endless,
-    finetune,
-    objective,
-    settle,
-    training_mode,
-)
+from .finetune import divergence, finetune
+from .loader import endless
+from .loop import Loss, TrainingError, active_cells, objective, settle, training_mode
 from .size import Count, Sizes, learned_sizes
 
 AIM = 0.98
