@@ -102,7 +102,14 @@ class Bed:
         sites = {}
         for name in self.layers:
             width = ENDS if name in self.ends else bits
-            sites[name] = bs.Int(width, width, granularity=granularity, learn=learn, weight_learn=of_weights)
+            sites[name] = bs.Int(
+                *(width, width),
+                granularity=granularity,
+                range=bs.Range("mse"),
+                weight_range=bs.Range("mse"),
+                learn=learn,
+                weight_learn=of_weights,
+            )
         return bs.Plan(sites)
 
     def uniform(self, cell: Cell) -> nn.Module:

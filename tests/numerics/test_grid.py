@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -35,6 +35,8 @@ def test_values_and_gradients_of_the_step_and_the_limits(
     torch.manual_seed(seed)
     x = (2 * torch.randn(64)).requires_grad_()
     low = low if signed else 0.0
+    # limits in the middle of two levels are a tie for all that is clipped
+    assume(all(abs(limit / step % 1 - 0.5) > 1e-3 for limit in (low, high)))
     parts = [torch.tensor(value, requires_grad=True) for value in (step, low, high)]
     y = uniform(x, *parts)
     given = torch.randn(64)
@@ -120,8 +122,38 @@ def test_gradients_of_inferred_bits_are_clipped_to_the_step() -> None:
     learned = grid(STEP_RANGE, 0.1, -7, 7)
     learned(torch.full((1000,), 5.0)).sum().backward()
     assert isinstance(learned.log_range.grad, Tensor)
-    # 1000 by the upper limit, clipped to 0.1, times d limit / d log2
+    assert isinstance(learned.log_step.grad, Tensor)
+    # 1000 by the upper limit, times d limit / d log2
+    assert float(learned.log_range.grad) == pytest.approx(1000 * 0.7 * math.log(2), rel=1e-4)
+    learned.clip_gradient()
     assert float(learned.log_range.grad) == pytest.approx(0.1 * 0.7 * math.log(2), rel=1e-4)
+    learned.log_step.grad.fill_(-5.0)
+    learned.clip_gradient()
+    assert float(learned.log_step.grad) == pytest.approx(-0.1 * 0.1 * math.log(2), rel=1e-4)
+
+
+def test_held_bits_stay_while_the_step_is_trained_and_values_go_on() -> None:
+    torch.manual_seed(0)
+    x, learned = torch.randn(200), grid(STEP_RANGE, 0.1, -7, 7)
+    with torch.no_grad():
+        learned.log_step.add_(0.4)
+        learned.log_range.sub_(0.3)
+        (least, greatest), step = learned.levels(), learned.values()[0]
+    learned.hold_bits(True)
+    torch.testing.assert_close(learned.values()[0], step)
+    assert [float(level) for level in (least, greatest)] == [float(level.detach()) for level in learned.levels()]
+    before = learned.bits().tolist()
+    learned(x).sum().backward()
+    assert isinstance(learned.log_step.grad, Tensor)
+    assert learned.log_range.grad is None
+    with torch.no_grad():
+        learned.log_step.add_(0.7)
+    assert learned.bits().tolist() == before
+    values = learned(x).detach()
+    learned.hold_bits(False)
+    torch.testing.assert_close(learned(x).detach(), values)
+    learned.bits().sum().backward()
+    assert isinstance(learned.log_range.grad, Tensor)
 
 
 def test_what_is_fixed_trains_nothing_but_passes_gradients_on() -> None:

@@ -83,13 +83,14 @@ def learn_precision(
     of it. ``weights``, ``activations``, ``total`` (of both): limits in bytes, at least one, as :func:`learned_sizes`
     counts them, activations by ``count``.
 
-    1. The weights alone are trained, on the grids at the start (:func:`~bitsmith.finetune`).
+    1. Weights and steps are trained at the bits of the start (:func:`~bitsmith.finetune`, the steps with ``grid_lr``).
     2. To the loss comes ``strength * p * sum max(0, S / 0.98 T - 1)^2`` over the sizes S that have a limit T; p rises
        from 0.01 to 1 in the first half. The grids follow Adam with ``grid_lr`` (in powers of two) every ``every``-th
        step, the weights Adam with ``lr`` that falls along half a cosine, each step. ``judged`` times, evenly, and at
        the end a state that keeps the limits is judged by its loss on ``validation`` (by its training loss without);
        the best goes on.
-    3. The weights alone again, from there.
+    3. Weights and steps again, at the bits that were learned. (The papers hold the steps in the first and the last
+       phase.)
 
     ``loss``, ``teacher``, ``distance``, ``freeze_norms``, ``forward``, ``seed``, ``progress``: as in
     :func:`~bitsmith.finetune`. ``net`` is not changed. Raises :class:`SizeError` for a limit below what the fewest bits
@@ -113,22 +114,27 @@ def learn_precision(
     limits.check(net)
     progress = progress or Silent()
     common: dict[str, Any] = {
-        "teacher": teacher, "distance": distance, "lr": lr, "freeze_norms": freeze_norms, "forward": forward,
-    }  # fmt: skip
+        "teacher": teacher,
+        "distance": distance,
+        "lr": lr,
+        "groups": {"*.grid.log_*": {"lr": grid_lr}},
+        "freeze_norms": freeze_norms,
+        "forward": forward,
+    }
     trained = duplicate(net)
     if steps[0]:
-        _train_grids(trained, False)
+        _hold_bits(trained, True)
         trained = finetune(trained, loader, loss, steps=steps[0], seed=seed, progress=progress, **common)
-        _train_grids(trained, True)
+        _hold_bits(trained, False)
     phase = _Mixed(trained, limits, every, steps[1], judged, progress)
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(seed + 1)
         reference = None if teacher is None else duplicate(teacher).eval()
         phase.run(loader, loss, reference, distance, validation, lr, grid_lr, freeze_norms, forward)
     if steps[2]:
-        _train_grids(trained, False)
+        _hold_bits(trained, True)
         trained = finetune(trained, loader, loss, steps=steps[2], seed=seed + 2, progress=progress, **common)
-        _train_grids(trained, True)
+        _hold_bits(trained, False)
     settle(trained)
     sizes = learned_sizes(trained, count)
     return LearnedPrecision(
@@ -235,6 +241,8 @@ class _Mixed:
                 )
             learner.zero_grad()
             whole.backward()  # type: ignore[no-untyped-call]
+            for grid in _grids(net):
+                grid.clip_gradient()
             if (done + 1) % self.every:
                 for parameter in of_grids:
                     parameter.grad = None
@@ -274,7 +282,6 @@ def _grids(net: nn.Module) -> list[Grid]:
     return [module for module in net.modules() if isinstance(module, Grid)]
 
 
-def _train_grids(net: nn.Module, train: bool) -> None:
+def _hold_bits(net: nn.Module, hold: bool) -> None:
     for grid in _grids(net):
-        for parameter in grid.parameters():
-            parameter.requires_grad_(train)
+        grid.hold_bits(hold)

@@ -61,25 +61,20 @@ def uniform(
     return found
 
 
-class _Gradient(torch.autograd.Function):
-    """The identity, whose gradient is multiplied by a number and clipped to plus and minus a tensor."""
+class _Scaled(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by a number."""
 
     @staticmethod
-    def forward(x: Tensor, factor: float, limit: Tensor | None) -> Tensor:
+    def forward(x: Tensor, factor: float) -> Tensor:
         return x.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        ctx.factor, ctx.limit = inputs[1], inputs[2]
+        ctx.factor = inputs[1]
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        gradient = gradient * ctx.factor
-        return (
-            gradient if ctx.limit is None else torch.minimum(torch.maximum(gradient, -ctx.limit), ctx.limit),
-            None,
-            None,
-        )
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.factor, None
 
 
 class Grid(nn.Module):
@@ -92,9 +87,8 @@ class Grid(nn.Module):
 
     ``fixed``: nothing is trained, only the gradient of the rounding is chosen. ``step``: the limits are ``low_level``
     and ``high_level`` steps; the gradient by the step is multiplied by ``1 / sqrt(elements * high_level)`` (LSQ,
-    section 2.2). ``step_range``: bits are inferred, see :meth:`bits`; the gradients by the step and by the limits
-    are clipped to plus and minus the step (Schaefer et al. 2022, arXiv:2206.07741), those that come by :meth:`bits`
-    excepted: a limit on size is not outvoted. The step is kept between
+    section 2.2). ``step_range``: bits are inferred, see :meth:`bits`, :meth:`clip_gradient` and :meth:`hold_bits`.
+    The step is kept between
     1/255 of the whole range (1/254 if that reaches below 0), so that integers of 8 bits hold the levels, and its larger
     half: one level.
     """
@@ -116,11 +110,24 @@ class Grid(nn.Module):
             self.log_step = nn.Parameter(zeros.clone())
         if learn.form == "step_range":
             self.log_range = nn.Parameter(zeros.clone())
+        self.held = False
         self.factor = 1.0 / math.sqrt(max(elements, 1) * max(float(high_level.max()), 1.0))
 
     @property
     def infers_bits(self) -> bool:
         return self.learn.form == "step_range"
+
+    def hold_bits(self, hold: bool) -> None:
+        """Train the step alone from here on, with the levels as they are now, or step and range again; in place."""
+        if not self.infers_bits:
+            return
+        with torch.no_grad():
+            step, (low, high) = self.values()[0], self.levels()
+            for name, value in (("first_step", step), ("low_level", low), ("high_level", high)):
+                self.get_buffer(name).copy_(value)
+            self.log_step.zero_()
+            self.log_range.zero_()
+        self.held = hold
 
     def values(self) -> tuple[Tensor, Tensor, Tensor]:
         """``(step, low, high)``, each of the shape of the step, with their gradients."""
@@ -128,8 +135,8 @@ class Grid(nn.Module):
         if self.learn.form == "fixed":
             return self.first_step, self.first_step * low_level, self.first_step * high_level
         step = self.first_step * torch.exp2(self.log_step)
-        if self.learn.form == "step":
-            step = _Gradient.apply(step, self.factor, None)  # type: ignore[no-untyped-call]
+        if self.learn.form == "step" or self.held:
+            step = _Scaled.apply(step, self.factor)  # type: ignore[no-untyped-call]
             return step, step * low_level, step * high_level
         widest = self.first_step * torch.exp2(self.log_range)
         low, high = widest * low_level, widest * high_level
@@ -152,13 +159,20 @@ class Grid(nn.Module):
 
     def forward(self, x: Tensor, view: tuple[int, ...] | None = None) -> Tensor:
         """:func:`uniform` of ``x``; ``view``: the shape in which step and limits broadcast to that of ``x``."""
-        values = self.values()
-        if self.infers_bits:
-            limit = values[0].detach()
-            step, low, high = (_Gradient.apply(value, 1.0, limit) for value in values)  # type: ignore[no-untyped-call]
-            values = step, low, high
-        step, low, high = (value if view is None else value.view(view) for value in values)
+        step, low, high = (value if view is None else value.view(view) for value in self.values())
         return uniform(x, step, low, high, self.learn.backward, self.learn.strength)
+
+    def clip_gradient(self) -> None:
+        """Clip the gradients by the step and by the limits to plus and minus the step (Schaefer et al. 2022,
+        arXiv:2206.07741), in place; where bits are inferred, and between backward and the optimizer's step."""
+        if not self.infers_bits:
+            return
+        with torch.no_grad():
+            step, low, high = self.values()
+            for parameter, value in ((self.log_step, step), (self.log_range, torch.maximum(high, -low))):
+                if parameter.grad is not None:  # by powers of two
+                    most = math.log(2) * value * step
+                    parameter.grad.copy_(torch.minimum(torch.maximum(parameter.grad, -most), most))
 
     def extra_repr(self) -> str:
         return f"{self.learn}, {self.first_step.numel()} of them"

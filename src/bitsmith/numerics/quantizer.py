@@ -174,8 +174,10 @@ class Quantizer(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self.set(float(self.scale), int(self.zero_point))
-        self._seen = ()  # the grid is loaded behind this
+        if self.grid is None or self.grid.learn.form == "fixed":
+            self.set(float(self.scale), int(self.zero_point))
+        else:
+            self._seen = ()  # the grid is loaded behind this, and says how many bits there are
 
 
 def _constants(fmt: Format, scale: float, zero_point: int) -> _Constants:
