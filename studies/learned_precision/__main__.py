@@ -29,8 +29,8 @@ SHARES = {"tune": 0.4, "front": 0.55, "searched": 0.1, "ablations": 0.35}
 DEFAULT = ("front", "searched", "ablations")
 TRAINING, VALIDATION = 3000, 1000
 STEPS, FULL_STEPS = 90, 3000
-PHASES = (0.2, 0.5, 0.3)
-"""Of the steps: weights alone, weights and grids, weights alone."""
+PHASES = (0.3, 0.3, 0.4)
+"""Of the steps: with bits held, learned, held again."""
 SECONDS = 0.45
 """Of one training step on one core of a Zen 5, for the estimate."""
 UNIFORM = (2, 3, 4, 8)
@@ -54,7 +54,7 @@ TUNING_SEED = 100
 def phases(steps: int) -> tuple[int, int, int]:
     """
     >>> phases(90)
-    (18, 45, 27)
+    (27, 27, 36)
     """
     first, second = (round(steps * share) for share in PHASES[:2])
     return first, second, steps - first - second

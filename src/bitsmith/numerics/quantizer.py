@@ -54,8 +54,6 @@ class Quantizer(nn.Module):
         self.grid: Grid | None = None
         if fmt.learn is not None:
             low, high = self._constants[3:]
-            if fmt.learn.form == "step_range" and fmt.symmetric and fmt.signed:
-                low = -high
             low_level, high_level = torch.tensor(float(low)), torch.tensor(float(high))
             self.grid = Grid(fmt.learn, self.scale, low_level, high_level, elements)
             self._seen: tuple[int, ...] = ()

@@ -232,7 +232,6 @@ class _IntCell(Cell):
                 self.weight_scale.copy_(torch.maximum(self.weight_scale, floor))
         if self.learn is not None and self.slot >= 0:
             low, high = self.format.levels
-            low = -high if self.learn.form == "step_range" else low
             scale = self.weight_scale
             levels = torch.full_like(scale, float(low)), torch.full_like(scale, float(high))
             self.grid = Grid(self.learn, scale, levels[0], levels[1], self.elements // scale.numel())
