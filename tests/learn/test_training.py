@@ -446,22 +446,28 @@ def test_settings_that_make_no_sense_are_refused(given: dict[str, Any], said: st
 
 
 @settings(max_examples=25, deadline=None)
-@given(length=st.integers(1, 6), at=st.integers(0, 20), seed=st.integers(0, 9), draws=st.booleans())
-def test_a_place_in_the_stream_is_found_again(length: int, at: int, seed: int, draws: bool) -> None:
+@given(length=st.integers(1, 6), at=st.integers(0, 20), seed=st.integers(0, 9), draws=st.booleans(), own=st.booleans())
+def test_a_place_in_the_stream_is_found_again(length: int, at: int, seed: int, draws: bool, own: bool) -> None:
     dataset = torch.utils.data.TensorDataset(torch.arange(float(length))[:, None], torch.zeros(length, 1))
 
-    class Loader:
+    class Drawing:
         def __iter__(self) -> Any:
             for x, y in torch.utils.data.DataLoader(dataset, shuffle=True):
-                yield (x + torch.rand(()), y) if draws else (x, y)
+                yield x + torch.rand(()), y
 
-    stream = Stream(Loader(), seed)
+    def loader() -> Any:
+        if draws:
+            return Drawing()
+        generator = torch.Generator().manual_seed(7) if own else None
+        return torch.utils.data.DataLoader(dataset, shuffle=True, generator=generator)
+
+    stream = Stream(loader(), seed)
     for _ in range(at):
         next(stream)
         torch.rand(3)
     place = stream.position
     expected = [float(next(stream)[0]) for _ in range(7)]
-    again = Stream(Loader(), seed)
+    again = Stream(loader(), seed)
     again.seek(place)
     torch.rand(5)
     assert [float(next(again)[0]) for _ in range(7)] == expected
