@@ -167,6 +167,12 @@ def chosen(model: nn.Module, folder: Path) -> Any:
     return bs.differentiable_search(model, [bs.Float(), INT], train, batches(2, seed=3), times, loss, steps=2)
 
 
+def trained(model: nn.Module, folder: Path) -> Any:
+    history, loss = bs.History(), torch.nn.functional.cross_entropy
+    found = {"ema": 0.5, "reestimate": 1, "validation": task(), "checkpoint": folder / "a.safetensors"}
+    return bs.finetune(model, batches(2), loss, steps=2, teacher=model, history=history, **found)
+
+
 VERBS: dict[str, Callable[[nn.Module, Path], Any]] = {
     "sites": lambda model, folder: bs.sites(model, batches(1)[0][0], inside=True),
     "apply": lambda model, folder: bs.apply(model, PLAN, batches(2)),
@@ -178,6 +184,7 @@ VERBS: dict[str, Callable[[nn.Module, Path], Any]] = {
         model, bs.targets.OnnxRuntime(threads=1), folder / "float.onnx", batches(1)[0][0]
     ),
     "differentiable_search": chosen,
+    "finetune": trained,
     "optimize": lambda model, folder: bs.optimize(model, task(), TARGET, bs.Budget(drop=0.2), folder=folder),
 }
 

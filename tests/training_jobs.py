@@ -130,22 +130,27 @@ def main() -> None:
         own_loop(folder, rank)
     elif job == "unlike":
         shared(folder, world, seed=rank)
-    elif job in ("lost", "hung"):
-        stop = signal.SIGKILL if job == "lost" else signal.SIGSTOP
-        shared(folder, world, steps=1000, optimizer=None, forward=Stopping(rank, stop, folder))
+    elif job == "lost":
+        kept = {"checkpoint": folder / "shared.safetensors", "every": 3}
+        shared(folder, world, forward=Stopping(rank, signal.SIGKILL), **kept)
+    elif job == "hung":
+        shared(folder, world, forward=Stopping(rank, signal.SIGSTOP))
+    elif job == "nan":
+        shared(folder, world, forward=Stopping(rank, None))
     torch.distributed.destroy_process_group()
 
 
 class Stopping:
-    """A ``forward`` that stops process 1 at its tenth call."""
+    """A ``forward`` that in the sixth call of process 1 sends it a signal, or gives NaN."""
 
-    def __init__(self, rank: int, stop: signal.Signals, folder: Path) -> None:
-        self.rank, self.stop, self.folder, self.calls = rank, stop, folder, 0
+    def __init__(self, rank: int, stop: signal.Signals | None) -> None:
+        self.rank, self.stop, self.calls = rank, stop, 0
 
     def __call__(self, model: nn.Module, inputs: Any) -> Any:
         self.calls += 1
-        if self.rank == 1 and self.calls == 10:
-            (self.folder / "stopped").write_text(str(os.getpid()))
+        if self.rank == 1 and self.calls >= 6:
+            if self.stop is None:
+                return model(inputs) * torch.nan
             os.kill(os.getpid(), self.stop)
         return model(inputs)
 

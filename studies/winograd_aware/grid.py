@@ -148,10 +148,10 @@ class Bed:
     @cached_property
     def code(self) -> str:
         """A hash of the files that a cell depends on, those of the subject's key left out."""
-        files = ("learn/finetune.py", "techniques/int_.py", "techniques/winograd.py")
-        return hash_files(
-            [*(Path(bs.__file__).parent / file for file in files), Path(__file__).parent.parent / "_images.py"]
-        )
+        learning = ("finetune", "loader", "loop", "parameters", "trainer")
+        files = (*(f"learn/{name}.py" for name in learning), "techniques/int_.py", "techniques/winograd.py")
+        own = Path(__file__).parent.parent / "_images.py"
+        return hash_files([*(Path(bs.__file__).parent / file for file in files), own])
 
     def key(self, cell: Cell, split: str) -> dict[str, Any]:
         """What a cell's record depends on."""

@@ -121,6 +121,7 @@ def test_picture_is_what_its_script_draws() -> None:
         "frameworks.md",
         "post_training.md",
         "winograd.md",
+        "training.md",
         "learned_precision.md",
     ],
 )

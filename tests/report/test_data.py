@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitsmith.report.data import MEASURES, FrontierPoint, Measure, Report, ReportError, SiteRow
+from bitsmith.report.data import MEASURES, FrontierPoint, Measure, Report, ReportError, SiteRow, TrainingPoint
 
 texts = st.text(max_size=12)
 numbers = st.floats(allow_nan=False)
@@ -156,3 +156,12 @@ def test_limits_are_judged_by_the_reports_own_numbers(report: Report) -> None:
 def test_speedup_needs_both_times(report: Report) -> None:
     assert dataclasses.replace(report, float_ms=None).speedup is None
     assert dataclasses.replace(report, plan_ms=Measure(math.inf)).speedup == 0.0
+
+
+def test_a_training_is_written_where_there_was_one(report: Report, tmp_path: Path) -> None:
+    assert not {"training", "training_metric"} & report.to_json().keys()
+    points = (TrainingPoint(1, 2.0, 0.1), TrainingPoint(2, 1.5, 0.05, 0.75, kept=True))
+    trained = dataclasses.replace(report, training=points, training_metric="top-1")
+    assert Report.load(trained.save(tmp_path / "report.json")) == trained
+    with pytest.raises(ReportError, match=r"report\.training\[0\]: lacks lr, step"):
+        Report.from_json({**trained.to_json(), "training": [{"loss": 1.0}]})

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bitsmith.report.data import Measure, Report
+from bitsmith.report.data import Measure, Report, TrainingPoint
 from bitsmith.report.html import page
 
 CHROMIUM = shutil.which("chromium")
@@ -181,3 +181,11 @@ def test_sorting_and_filtering_in_a_browser(report: Report, tmp_path: Path) -> N
     assert seen["Site"] != ordered("loss", -1)
     assert sorted(seen["Site"]) == sorted(row.site for row in report.sites)
     assert sorted(seen["only"]) == sorted(row.site for row in report.sites if row.why)
+
+
+def test_a_training_is_drawn_and_told(report: Report) -> None:
+    points = tuple(TrainingPoint(i, 4.0 / i, 0.1, 0.5 if i % 2 == 0 else None, kept=i == 4) for i in range(1, 5))
+    text = page(dataclasses.replace(report, training=points, training_metric="top-1"))
+    parsed = Parsed(text)
+    assert sum(tag == "svg" for tag, _ in parsed.tags) == 4
+    assert "4 steps: loss 4.00 → 1.00 (means of the first and the last 1); top-1 0.5000 after step 4" in text

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 from bitsmith.report import plots
-from bitsmith.report.data import FrontierPoint, Report, SiteRow
+from bitsmith.report.data import FrontierPoint, Report, SiteRow, TrainingPoint
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -140,3 +140,30 @@ def test_plots_load_no_pyplot_and_only_when_drawn() -> None:
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def curve(count: int, every: int) -> tuple[TrainingPoint, ...]:
+    return tuple(
+        TrainingPoint(i, 2.0 / i, 0.1, i / count if i % every == 0 else None, kept=i == count)
+        for i in range(1, count + 1)
+    )
+
+
+def test_curves_of_a_training() -> None:
+    text = plots.training(curve(40, 10), "top-1")
+    scores = _titles(_marks(text, r"training-score-\d+"))
+    assert scores == ["step 10: 0.2500", "step 20: 0.5000", "step 30: 0.7500", "step 40: 1.000, came back"]
+    words = " ".join(ElementTree.fromstring(text).itertext())
+    assert all(label in words for label in ("training loss", "validation: top-1", "step"))
+    bare = plots.training(curve(40, 99))
+    assert "validation" not in " ".join(ElementTree.fromstring(bare).itertext())
+    assert plots.training(()) == ""
+
+
+def test_a_long_curve_is_drawn_by_means_of_equal_parts() -> None:
+    steps = list(range(1, 3001))
+    x, y = plots._binned(steps, [float(step) for step in steps])
+    assert len(x) == plots.BINS
+    assert x == y
+    assert (x[0], x[-1]) == (5.5, 2995.5)
+    assert len(plots.training(curve(3000, 5000))) < 40_000

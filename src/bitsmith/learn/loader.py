@@ -21,12 +21,13 @@ def endless(loader: Iterable[Any], role: str = "training") -> Iterator[tuple[Any
 
 @dataclass(frozen=True)
 class Position:
-    """A place in the stream: ``taken`` items of a pass over the loader that began with the random state ``start``;
-    ``read`` items in all."""
+    """A place in the stream: ``taken`` items of a pass over the loader that began with the random state ``start``, and
+    its own generators with ``own``; ``read`` items in all."""
 
     read: int
     taken: int
     start: Tensor
+    own: tuple[Tensor, ...] = ()
 
 
 class Stream:
@@ -35,7 +36,8 @@ class Stream:
 
     While the loader works it has torch's global CPU generator for itself, seeded with ``seed``: what it draws (the
     order, augmentation) depends neither on what the network draws nor on the process, and a place is found again by
-    reading the pass anew from its start. For messages: ``by_step`` items are read by step, of ``steps``.
+    reading the pass anew from its start. A ``DataLoader``'s own generators are set back for that. For messages:
+    ``by_step`` items are read by step, of ``steps``.
     """
 
     def __init__(
@@ -57,8 +59,9 @@ class Stream:
             )
         self._state = torch.Generator().manual_seed(seed).get_state()
         self._iterator: Iterator[tuple[Any, Any]] | None = None
+        self._generators = _generators(inner) if isinstance(inner, DataLoader) else []
         self._read = self._taken = 0
-        self._start = self._state
+        self._start_here()
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
         return self
@@ -76,11 +79,14 @@ class Stream:
 
     @property
     def position(self) -> Position:
-        return Position(self._read, self._taken, self._start)
+        return Position(self._read, self._taken, self._start, self._own)
 
     def seek(self, position: Position) -> None:
         """Go there, in a stream that nothing was read from. Raises ``DataError`` if the loader ends before."""
-        self._state = self._start = position.start
+        self._state = position.start
+        for generator, state in zip(self._generators, position.own, strict=True):
+            generator.set_state(state)
+        self._start_here()
         for _ in range(position.taken):
             if self._drawn(self._begun()) is None:
                 raise DataError(
@@ -95,7 +101,8 @@ class Stream:
         if item is None:
             if one_shot(self.loader):
                 raise self._ended("it can be read only once")
-            self._iterator, self._taken, self._start = None, 0, self._state
+            self._iterator, self._taken = None, 0
+            self._start_here()
             try:
                 item = self._drawn(self._begun())
             except DataError as error:
@@ -104,6 +111,10 @@ class Stream:
         self._read += 1
         self._taken += 1
         return item
+
+    def _start_here(self) -> None:
+        """A pass begins with the random states as they are."""
+        self._start, self._own = self._state, tuple(generator.get_state() for generator in self._generators)
 
     def _begun(self) -> Iterator[tuple[Any, Any]]:
         if self._iterator is None:
@@ -126,3 +137,10 @@ class Stream:
             f"the training loader ended after {self._read} items, which is enough for {enough} of {self.steps} steps: "
             f"{why}. Give a list or a DataLoader, which start again"
         )
+
+
+def _generators(loader: DataLoader[Any]) -> list[torch.Generator]:
+    """The generators that a loader was made with, each once."""
+    sampler = getattr(loader.batch_sampler, "sampler", None)
+    held = (getattr(part, "generator", None) for part in (loader, loader.sampler, loader.batch_sampler, sampler))
+    return [*{id(one): one for one in held if isinstance(one, torch.Generator)}.values()]

@@ -248,7 +248,7 @@ class Trainer:
         for name, states in noise.items():
             file.hold_all(f"noise {name}", {str(rank): state for rank, state in enumerate(states)})
         place = self.stream.position
-        file.hold("loader", {"read": place.read, "taken": place.taken, "start": place.start})
+        file.hold("loader", {"read": place.read, "taken": place.taken, "start": place.start, "own": place.own})
         if self.average is not None:
             file.hold_all("average", self.average.values)
         if self.validation is not None:
@@ -272,8 +272,7 @@ class Trainer:
         self.optimizer.load_state_dict(file.held("optimizer"))
         if self.schedule is not None:
             self.schedule.load_state_dict(file.held("schedule"))
-        place = file.held("loader")
-        self.stream.seek(Position(place["read"], place["taken"], place["start"]))
+        self.stream.seek(Position(**file.held("loader")))
         if self.average is not None:
             self.average.values = self._here(file.all_held("average"))
         if self.validation is not None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..compare import Drop, Score
+from ..learn.history import History
 from ..plan import Budget, Plan
 from ..profile import Profile, Row
 from ..search.base import Evaluation, Point, Result
@@ -13,7 +14,7 @@ from ..site import Site
 from ..targets.base import SiteTimes, Timing
 from ..techniques.float_ import Float
 from ..verify import Check, SiteCheck
-from .data import FrontierPoint, Measure, Report, SiteRow
+from .data import FrontierPoint, Measure, Report, SiteRow, TrainingPoint
 
 
 def report(
@@ -38,12 +39,14 @@ def report(
     float_sites: SiteTimes | None = None,
     plan_sites: SiteTimes | None = None,
     sites: Mapping[str, Site] | None = None,
+    history: History | None = None,
     **details: Any,
 ) -> Report:
     """What was asked, what was got, and why they differ; what was not measured is left open.
 
     ``profile``, ``plan`` (adapted), ``check``: from the verbs of that name. ``result``: the search's, for the frontier.
-    Scores, timings and sizes of the float model and the plan as far as they were measured. ``details``: further fields
+    Scores, timings and sizes of the float model and the plan as far as they were measured. ``history``: of a training
+    under the plan (:func:`~bitsmith.finetune`), drawn as curves. ``details``: further fields
     of :class:`Report` (``settings``, ``versions``, ``machine``, ``notes``, ``seed``, ``store``).
     """
     evaluation = result.best.evaluation if result is not None else None
@@ -74,7 +77,20 @@ def report(
         notes=tuple(notes),
         predicted=profile.predict(result.plan) if result is not None else {},
         citations=plan.cite(),
+        training=_training(history),
+        training_metric=history.metric if history is not None else "",
         **details,
+    )
+
+
+def _training(history: History | None) -> tuple[TrainingPoint, ...]:
+    return (
+        tuple(
+            TrainingPoint(number, step.loss, step.lr, step.validation, kept=number == (history.best or len(history)))
+            for number, step in enumerate(history, 1)
+        )
+        if history is not None
+        else ()
     )
 
 

@@ -83,6 +83,19 @@ class FrontierPoint:
     chosen: bool = False
 
 
+@dataclass(frozen=True)
+class TrainingPoint:
+    """One step of a training, from 1: ``loss`` before its update, ``lr``, the ``validation`` score after it where there
+    was one. ``kept``: these weights came back.
+    """
+
+    step: int
+    loss: float
+    lr: float
+    validation: float | None = None
+    kept: bool = False
+
+
 MEASURES: tuple[str, ...] = (
     *("float_metric", "plan_metric", "drop"),
     *("float_ms", "plan_ms", "float_mj", "plan_mj"),
@@ -101,6 +114,7 @@ class Report:
     ``split``: which samples the accuracies come from. ``time_parts``: ms of the plan's sites, conversions and other
     nodes under the profiler; ``time_whole``: median ms of the whole run without it. ``predicted``: what the search
     expected (``ms``, ``bytes``, ``loss``, ``drop``). ``store``: ``hits`` and ``misses`` of stored measurements.
+    ``training``: the steps of a training under the plan; ``training_metric``: what was validated in it.
     """
 
     title: str
@@ -133,11 +147,13 @@ class Report:
     citations: tuple[str, ...] = ()
     seed: int | None = None
     store: Mapping[str, int] = field(default_factory=dict)
+    training: tuple[TrainingPoint, ...] = ()
+    training_metric: str = ""
 
     def __post_init__(self) -> None:
         for name in _MAPPINGS:
             object.__setattr__(self, name, _plain(getattr(self, name), name))
-        for name in ("frontier", "sites", "notes", "citations"):
+        for name in ("frontier", "sites", "notes", "citations", "training"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in self.budget:
             self.got(name)  # an unknown limit is an error here, not when the page is written
@@ -209,9 +225,9 @@ class Report:
                 data[f"{name}_interval"] = [measure.low, measure.high]
                 data |= {f"{name}_{detail}": getattr(measure, detail) for detail in _DETAILS}
         for f in fields(self):
-            if f.name not in data:
+            if f.name not in data and (self.training or f.name not in _OF_TRAINING):
                 value = getattr(self, f.name)
-                data[f.name] = [asdict(item) for item in value] if f.name in ("sites", "frontier") else value
+                data[f.name] = [asdict(item) for item in value] if f.name in _ROWS else value
         written = _encode(data)
         assert isinstance(written, dict)
         return written
@@ -261,6 +277,9 @@ class Report:
 
 _MAPPINGS = ("settings", "versions", "machine", "budget", "missed", "verify", "time_parts", "predicted", "store")
 _NUMBERS: Mapping[str, type] = {"budget": float, "missed": float, "time_parts": float, "predicted": float, "store": int}
+_ROWS: Mapping[str, type] = {"sites": SiteRow, "frontier": FrontierPoint, "training": TrainingPoint}
+_OF_TRAINING = ("training", "training_metric")
+"""Written where there was one only: files without them are as old as the schema."""
 _DERIVED = ("samples", "speedup", "time_source")
 _NON_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 
@@ -339,8 +358,9 @@ def _check_keys(data: Mapping[str, Any], known: set[str], required: set[str], wh
 def _read_1(data: Mapping[str, Any]) -> Report:
     names = {f.name for f in fields(Report)}
     details = {f"{name}_{detail}" for name in MEASURES for detail in (*_DETAILS, "interval")}
-    required = names | set(_DERIVED)
-    _check_keys(data, required | details | {"schema", "kind"}, required, "report")
+    required = (names | set(_DERIVED)) - set(_OF_TRAINING)
+    names &= required | data.keys()
+    _check_keys(data, required | details | set(_OF_TRAINING) | {"schema", "kind"}, required, "report")
     values: dict[str, Any] = {}
     for name in names - set(MEASURES):
         value = data[name]
@@ -351,7 +371,7 @@ def _read_1(data: Mapping[str, Any]) -> Report:
             if name in _NUMBERS:
                 for key, item in value.items():
                     _check(item, _NUMBERS[name], f"report.{name}.{key}")
-        elif name in ("sites", "frontier", "notes", "citations"):
+        elif name in (*_ROWS, "notes", "citations"):
             if not isinstance(value, list):
                 raise ReportError(f"report.{name}: a list was expected, not {type(value).__name__}")
             values[name] = tuple(_item(name, item, f"report.{name}[{i}]") for i, item in enumerate(value))
@@ -363,9 +383,7 @@ def _read_1(data: Mapping[str, Any]) -> Report:
 
 
 def _item(name: str, item: Any, where: str) -> Any:
-    if name == "sites":
-        return _read_flat(SiteRow, item, where)
-    return _read_flat(FrontierPoint, item, where) if name == "frontier" else _check(item, str, where)
+    return _read_flat(_ROWS[name], item, where) if name in _ROWS else _check(item, str, where)
 
 
 def _read_measure(data: Mapping[str, Any], name: str) -> Measure | None:

@@ -40,6 +40,7 @@ def page(report: Report) -> str:
         pareto=Markup(plots.pareto(report.frontier, metric_unit, report.minimize)),
         time_bars=Markup(plots.time_bars(report.sites)),
         sensitivity=Markup(plots.sensitivity(report.sites, report.loss_name)),
+        training=Markup(plots.training(report.training, report.training_metric)),
         unplaced=sum(point.drop is None for point in report.frontier),
         top=plots.TOP,
         columns=_columns(report),

@@ -7,18 +7,23 @@ the same values. Colours are those of Okabe and Ito (2008), which colour-blind r
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
+from statistics import fmean
 from typing import Any
 
-from .data import FrontierPoint, SiteRow
+from .data import FrontierPoint, SiteRow, TrainingPoint
 from .text import number, points, size
 
 TOP = 30
 """At most so many sites in a bar plot."""
+
+BINS = 300
+"""At most so many points in a curve of steps."""
 
 # matplotlib needs concrete colours; the page's variables replace them afterwards, with these as their fallback
 _COLOURS = {
@@ -175,12 +180,69 @@ def sensitivity(sites: Sequence[SiteRow], loss_name: str) -> str:
     return _svg("loss", f"Loss of each site: {loss_name}", _height(len(known), 0.2), draw) if known else ""
 
 
+def training(points: Sequence[TrainingPoint], metric: str = "") -> str:
+    """Loss by step, and below it the validation score where it was taken; the weights that came back are a star.
+
+    More than ``BINS`` steps are drawn as means of as many equal parts. Scores have the ids ``training-score-<i>``.
+    """
+    scored = [point for point in points if point.validation is not None]
+
+    def draw(figure: Any) -> Mapping[str, str]:
+        rows = 2 if scored else 1
+        axes = _axes(figure, (rows, 1, 1))
+        steps, losses = _binned([point.step for point in points], [point.loss for point in points])
+        axes.plot(steps, losses, color=_COLOURS["plan"], linewidth=1.3)
+        axes.set_ylabel("training loss")
+        axes.grid(True, color=_COLOURS["grid"], linewidth=0.7)
+        axes.margins(0.03, 0.1)
+        titles = {}
+        if scored:
+            below = _axes(figure, (rows, 1, 2))
+            below.sharex(axes)
+            below.plot([p.step for p in scored], [p.validation for p in scored], color=_COLOURS["plan"], linewidth=0.8)
+            for i, point in enumerate(scored):
+                gid = f"score-{i}"
+                below.plot(
+                    [point.step],
+                    [point.validation],
+                    linestyle="none",
+                    gid=gid,
+                    marker="*" if point.kept else "o",
+                    markersize=15 if point.kept else 5,
+                    color=_COLOURS["mark" if point.kept else "plan"],
+                    zorder=4 if point.kept else 3,
+                )
+                titles[gid] = f"step {point.step}: {number(point.validation, 4)}{', came back' if point.kept else ''}"
+            below.set_ylabel(f"validation: {metric}" if metric else "validation", parse_math=False)
+            below.grid(True, color=_COLOURS["grid"], linewidth=0.7)
+            below.margins(0.03, 0.15)
+            axes.tick_params(labelbottom=False)
+            _legend(below, [("o", _COLOURS["plan"], "validated"), ("*", _COLOURS["mark"], "came back")])
+        (below if scored else axes).set_xlabel("step")
+        return titles
+
+    title = "Training: loss and validation by step" if scored else "Training: loss by step"
+    return _svg("training", title, 4.4 if scored else 2.6, draw) if points else ""
+
+
+def _binned(steps: Sequence[int], values: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Means over at most ``BINS`` parts of about equal length.
+
+    >>> _binned([1, 2, 3], [4.0, 5.0, 6.0])
+    ([1.0, 2.0, 3.0], [4.0, 5.0, 6.0])
+    """
+    count = min(len(steps), BINS)
+    ends = [round(i * len(steps) / count) for i in range(count + 1)]
+    parts = list(itertools.pairwise(ends))
+    return [fmean(steps[a:b]) for a, b in parts], [fmean(values[a:b]) for a, b in parts]
+
+
 def _height(rows: int, each: float = 0.27) -> float:
     return 1.0 + each * rows
 
 
-def _axes(figure: Any) -> Any:
-    axes = figure.add_subplot()
+def _axes(figure: Any, place: tuple[int, int, int] = (1, 1, 1)) -> Any:
+    axes = figure.add_subplot(*place)
     axes.set_facecolor("none")
     axes.set_axisbelow(True)
     for side in ("top", "right"):

@@ -44,6 +44,7 @@ def summary(report: Report, console: Console | None = None) -> None:
         ("time", f"{text.timing(report.float_ms)} → {text.timing(report.plan_ms)}", report.plan_ms),
         (report.metric, f"{text.interval(report.plan_metric) or 'no interval'}; {report.split}", report.plan_metric),
         ("parts", text.time_sum(report), report.time_whole),
+        ("training", text.training(report), report.training or None),
     ]
     for name, line, known in rows:
         if known is not None:

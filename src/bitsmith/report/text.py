@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import fmean
 
 from .data import Measure, Report, SiteRow
 
@@ -209,6 +210,22 @@ def time_sum(report: Report) -> str:
     if not whole:
         return f"{added} The whole run was not timed."
     return f"{added} {whole} The parts are timed under a profiler, the whole without it, so the two differ."
+
+
+def training(report: Report) -> str:
+    """How a training went, in one line; empty where there was none. Losses are means of a tenth of the steps."""
+    steps = report.training
+    if not steps:
+        return ""
+    tenth = max(1, len(steps) // 10)
+    first, last = (fmean(point.loss for point in part) for part in (steps[:tenth], steps[-tenth:]))
+    said = f"{len(steps)} steps: loss {number(first)} → {number(last)} (means of the first and the last {tenth})"
+    kept = next((point for point in steps if point.kept and point.validation is not None), None)
+    if kept is None:
+        return f"{said}."
+    scores = sum(point.validation is not None for point in steps)
+    named = report.training_metric or "validation"
+    return f"{said}; {named} {number(kept.validation, 4)} after step {kept.step}, the best of {scores}, came back."
 
 
 def worst(rows: Sequence[SiteRow], count: int = 5) -> list[SiteRow]:
