@@ -82,6 +82,10 @@ from .technique import Technique as Technique
 from .technique import Wants as Wants
 from .techniques.float_ import Float as Float
 from .techniques.int_ import Int as Int
+from .techniques.sparse import Sparse as Sparse
+from .techniques.sparse_paths import InitialisePaths as InitialisePaths
+from .techniques.sparse_paths import SparsePaths as SparsePaths
+from .techniques.sparse_paths import sparse_paths as sparse_paths
 from .techniques.winograd import Winograd as Winograd
 from .verify import Check as Check
 from .verify import verify as verify
@@ -110,6 +114,7 @@ __all__ = [
     "Float",
     "Format",
     "Gptq",
+    "InitialisePaths",
     "Int",
     "InterceptionError",
     "LearnedPlan",
@@ -131,6 +136,8 @@ __all__ = [
     "SearchInterrupted",
     "Site",
     "SmoothQuant",
+    "Sparse",
+    "SparsePaths",
     "Step",
     "Store",
     "StoreError",
@@ -161,6 +168,7 @@ __all__ = [
     "searches",
     "sensitivities",
     "sites",
+    "sparse_paths",
     "targets",
     "verify",
 ]
