@@ -46,12 +46,12 @@ def test_every_fan_in_is_the_same_where_widths_are_powers_of_two() -> None:
         assert torch.bincount(target, minlength=64).tolist() == [8] * 64
 
 
-def test_the_signs_are_balanced_at_every_neuron() -> None:
-    signs = paths.points(512, paths.SIGN, 0) < 0.5
-    for component in (1, 2):
-        visited = paths.neurons(512, 64, component, 0)
-        positive = torch.bincount(visited[signs], minlength=64)
-        assert positive.tolist() == [4] * 64
+def test_signs_are_coins_that_go_on() -> None:
+    one = paths.signs(1000, 9, 3)
+    assert set(one.flatten().tolist()) == {-1, 1}
+    assert abs(float(one.double().mean())) < 4 / math.sqrt(9000)
+    assert torch.equal(one[:10], paths.signs(10, 9, 3))
+    assert not torch.equal(one, paths.signs(1000, 9, 4))
 
 
 def test_points_are_scrambled_sobol_points() -> None:
@@ -91,18 +91,17 @@ def test_pairs_fill_elementary_intervals() -> None:
 
 @pytest.mark.parametrize("generator", ["sobol", "random"])
 def test_paths_that_share_an_edge_are_coalesced(generator: str) -> None:
-    found = paths.edges(200, 8, 6, (1, 2), 0, generator)
+    found = paths.edges(200, 8, 6, (1, 2), 0, generator, 9)
     source, target = (paths.neurons(200, width, component, 0, generator) for width, component in ((8, 1), (6, 2)))
-    positive = paths.points(200, 0, 0, generator) < 0.5
-    wanted: dict[tuple[int, int], float] = {}
-    for a, b, sign in zip(source.tolist(), target.tolist(), positive.tolist(), strict=True):
-        wanted.setdefault((b, a), 1.0 if sign else -1.0)
+    wanted: dict[tuple[int, int], list[int]] = {}
+    for a, b, sign in zip(source.tolist(), target.tolist(), paths.signs(200, 9, 0).tolist(), strict=True):
+        wanted.setdefault((b, a), sign)
     got = dict(zip(zip(found.target.tolist(), found.source.tolist(), strict=True), found.sign.tolist(), strict=True))
     assert got == wanted
     assert len(found) == len(wanted) <= 48
     dense = found.signs(6, 8)
-    assert int(dense.ne(0).sum()) == len(found)
-    assert all(dense[b, a] == sign for (b, a), sign in wanted.items())
+    assert int(dense.ne(0).sum()) == 9 * len(found)
+    assert all(dense[b, a].tolist() == sign for (b, a), sign in wanted.items())
 
 
 def test_random_paths_meet_as_often_as_chance_has_it() -> None:

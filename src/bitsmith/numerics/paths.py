@@ -1,7 +1,7 @@
 """Paths through the layers of a network, given by the points of a sequence: which neurons are connected.
 
 Keller and Van Keirsbilck 2021, arXiv:2103.03543. Component ``c`` of point ``i`` is the neuron ``floor(width * x)`` that
-path ``i`` visits in the layer that has that component. Component 0 is kept for the signs of the paths.
+path ``i`` visits in the layer that has that component.
 
 ``sobol``: Sobol' points with the direction numbers of Joe and Kuo 2008, each component scrambled by a random lower
 triangular matrix and a shift (Matousek 1998, the affine-linear scrambling), so that neither the point 0 nor the weak
@@ -24,8 +24,6 @@ COMPONENTS = 21201
 """Components that the sequence has."""
 DIGITS = 30
 """Binary digits of a coordinate."""
-SIGN = 0
-"""The component that decides the signs."""
 
 
 def points(count: int, component: int, seed: int, generator: Generator = "sobol") -> Tensor:
@@ -38,7 +36,7 @@ def points(count: int, component: int, seed: int, generator: Generator = "sobol"
         raise ValueError(f"points(count={count}): at least 1")
     if not 0 <= component < COMPONENTS:
         raise ValueError(f"points(component={component}): must be 0 to {COMPONENTS - 1}")
-    draw = torch.Generator().manual_seed(_seed(generator, seed, component))
+    draw = torch.Generator().manual_seed(_seed(f"{generator} {seed} {component}"))
     if generator == "random":
         return torch.rand(count, generator=draw, dtype=torch.float64)
     engine = torch.quasirandom.SobolEngine(component + 1)  # type: ignore[no-untyped-call]
@@ -66,8 +64,8 @@ def neurons(count: int, width: int, component: int, seed: int, generator: Genera
 
 @dataclass(frozen=True)
 class Edges:
-    """The connections between two layers, each once, sorted by output and input: int64 (edges,) each; ``sign``
-    float32, 1 or -1, that of the first path that has the edge."""
+    """The connections between two layers, each once, sorted by output and input: int64 (edges,) each. ``sign``: int8
+    (edges, taps), 1 or -1, those of the first path that has the edge."""
 
     source: Tensor
     target: Tensor
@@ -77,29 +75,46 @@ class Edges:
         return len(self.source)
 
     def signs(self, outputs: int, inputs: int) -> Tensor:
-        """The sign at every connection and 0 elsewhere: int8 (outputs, inputs)."""
-        dense = torch.zeros(outputs, inputs, dtype=torch.int8)
-        dense[self.target, self.source] = self.sign.to(torch.int8)
+        """The signs at every connection and 0 elsewhere: int8 (outputs, inputs, taps)."""
+        dense = torch.zeros(outputs, inputs, self.sign.shape[1], dtype=torch.int8)
+        dense[self.target, self.source] = self.sign
         return dense
+
+
+def signs(count: int, taps: int, seed: int) -> Tensor:
+    """Of the weights that a path has in a layer, ``taps`` of them: int8 (count, taps), 1 or -1 by a coin for each.
+
+    They are independent of where the paths go. A component of the sequence in their place balances the signs at every
+    neuron, so that what rectified neurons have in common cancels out: such networks learned less.
+    """
+    draw = torch.Generator().manual_seed(_seed(f"signs {seed} {taps}"))
+    coins = torch.rand(count, taps, generator=draw, dtype=torch.float64) < 0.5
+    return coins.to(torch.int8) * 2 - 1
 
 
 @functools.lru_cache(maxsize=256)
 def edges(
-    count: int, inputs: int, outputs: int, components: tuple[int, int], seed: int, generator: Generator = "sobol"
+    count: int,
+    inputs: int,
+    outputs: int,
+    components: tuple[int, int],
+    seed: int,
+    generator: Generator = "sobol",
+    taps: int = 1,
 ) -> Edges:
     """What ``count`` paths connect between a layer of ``inputs`` neurons and one of ``outputs``, whose components are
-    given. Paths that share an edge are coalesced. Nobody may change the result: it is handed out again."""
+    given, with ``taps`` weights by edge. Paths that share an edge are coalesced. Nobody may change the result: it is
+    handed out again."""
     source, target = (
         neurons(count, width, component, seed, generator)
         for width, component in zip((inputs, outputs), components, strict=True)
     )
-    signs = torch.where(points(count, SIGN, seed, generator) < 0.5, 1.0, -1.0)
     codes, which = torch.unique(target * inputs + source, return_inverse=True)
     first = torch.full((len(codes),), count).scatter_reduce_(0, which, torch.arange(count), "amin")
-    return Edges(codes % inputs, codes // inputs, signs[first].float())
+    return Edges(codes % inputs, codes // inputs, signs(count, taps, seed)[first])
 
 
-def _seed(generator: str, seed: int, component: int) -> int:
-    """Of one component: what others draw does not matter to it."""
-    digest = hashlib.sha256(f"{generator} {seed} {component}".encode()).digest()
+def _seed(text: str) -> int:
+    """Of one component or the signs: what others draw does not matter to it."""
+    digest = hashlib.sha256(text.encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1

@@ -28,13 +28,13 @@ class SparsePaths(Technique):
     ``paths`` paths go through the network; path ``i`` visits neuron (of a convolution: channel) ``floor(n x)`` of a
     layer of n, where x is the layer's component of point ``i`` of a sequence. ``components`` are those of the site's
     input and output; a site whose input is another one's output has the other's second as its first.
-    :func:`~bitsmith.sparse_paths` numbers them. Component 0 gives the sign of each path. Paths that share an edge are
-    coalesced to one weight (one kernel). ``generator``: scrambled Sobol' points, or ``random`` ones as a control.
+    :func:`~bitsmith.sparse_paths` numbers them. Paths that share an edge are coalesced to one weight (one kernel). Each
+    weight of a path has a sign by a coin. ``generator``: scrambled Sobol' points, or ``random`` ones as a control.
     ``seed`` scrambles or draws them; all sites of a network have the same.
 
     With widths that are powers of two every block of so many paths permutes the neurons, so that all have equally many
     paths in and out. Weights stay where they were; those off the paths have no effect and get no gradient. ``signs``
-    ``fixed``: each weight has the sign of its path, and the parameter gives the magnitude. Begin with
+    ``fixed``: each weight keeps its sign, and the parameter gives the magnitude. Begin with
     :class:`~bitsmith.InitialisePaths` and train: an untrained network is of no use.
 
     >>> SparsePaths(512, components=(2, 3)).components
@@ -44,7 +44,7 @@ class SparsePaths(Technique):
     needs_training: ClassVar[bool] = True
 
     paths: int = 1024
-    components: tuple[int, int] = (1, 2)
+    components: tuple[int, int] = (0, 1)
     seed: int = 0
     generator: Literal["sobol", "random"] = "sobol"
     signs: Literal["free", "fixed"] = "free"
@@ -53,12 +53,9 @@ class SparsePaths(Technique):
         if not isinstance(self.paths, int) or self.paths < 1:
             raise ValueError(f"SparsePaths(paths={self.paths!r}): at least 1")
         object.__setattr__(self, "components", tuple(self.components))
-        first, last = 1, sequence.COMPONENTS - 1
-        if len(set(self.components)) != 2 or not all(first <= c <= last for c in self.components):
-            raise ValueError(
-                f"SparsePaths(components={self.components}): two different ones, from {first} to {last}; "
-                "0 is that of the signs"
-            )
+        last = sequence.COMPONENTS - 1
+        if len(set(self.components)) != 2 or not all(0 <= c <= last for c in self.components):
+            raise ValueError(f"SparsePaths(components={self.components}): two different ones, from 0 to {last}")
         if self.generator not in ("sobol", "random"):
             raise ValueError(f"SparsePaths(generator={self.generator!r}): must be 'sobol' or 'random'")
         if self.signs not in ("free", "fixed"):
@@ -76,13 +73,19 @@ class SparsePaths(Technique):
     def edges(self, site: Site) -> sequence.Edges:
         """The connections of a site that it fits: between its input and output channels."""
         assert site.weight is not None
-        outputs, inputs = site.weight.shape[:2]
-        return sequence.edges(self.paths, inputs, outputs, self.components, self.seed, self.generator)
+        outputs, inputs, *kernel = site.weight.shape
+        taps = math.prod(kernel)
+        return sequence.edges(self.paths, inputs, outputs, self.components, self.seed, self.generator, taps)
+
+    def left(self, site: Site) -> torch.Tensor:
+        """The sign of every weight that is left, 0 elsewhere: int8, of the weight's shape."""
+        assert site.weight is not None
+        shape = site.weight.shape
+        return self.edges(site).signs(shape[0], shape[1]).reshape(shape)
 
     def weights(self, site: Site) -> int:
         """How many weights the site has left."""
-        assert site.weight is not None
-        return len(self.edges(site)) * math.prod(site.weight.shape[2:])
+        return self.edges(site).sign.numel()
 
     def bits(self, site: Site) -> float:
         """Weights on the paths in float32. Sobol' points are computed from a generator matrix and a shift for each
@@ -98,21 +101,16 @@ class SparsePaths(Technique):
         return 32.0 * self.weights(site) + indices
 
     def build(self, site: Site, record: Record, rng: torch.Generator) -> Cell:
-        assert site.weight is not None
-        outputs, inputs, *kernel = site.weight.shape
-        kept = self.edges(site).signs(outputs, inputs)
-        return MaskedCell(site, kept.reshape(outputs, inputs, *[1] * len(kernel)), self.signs == "fixed")
+        return MaskedCell(site, self.left(site), self.signs == "fixed")
 
 
 @dataclass(frozen=True)
 class InitialisePaths(Step):
     """Deterministic weights to begin training with (Keller and Van Keirsbilck 2021, arXiv:2103.03543).
 
-    At every site with :class:`SparsePaths`: the sign of the path times ``sqrt(gain / fan-in) / taps``; 0 off the paths;
-    biases 0. The fan-in is the layer's mean number of edges by output (He et al. 2015, arXiv:1502.01852, eq. 10, with
-    gain 2 for ReLU). The ``taps`` of a kernel have one sign and see neighbours that are alike, so they add up.
-
-    Raises ``PrepareError`` where the plan has no such site or a weight is shared.
+    At every site with :class:`SparsePaths`: the weight's sign times ``sqrt(gain / fan-in)``, the fan-in being the
+    layer's mean number of weights by output (He et al. 2015, arXiv:1502.01852, eq. 10, for ReLU: gain 2); 0 off the
+    paths; biases 0. Raises ``PrepareError`` where the plan has no such site or a weight is shared.
     """
 
     values_only: ClassVar[bool] = True
@@ -133,11 +131,9 @@ class InitialisePaths(Step):
                 raise PrepareError(f"InitialisePaths: {name!r} has no weight of its own: it is shared or computed")
             layer = own[name]
             weight = tensor_at(net.model, layer.key)
-            signs = technique.edges(layer.site).signs(*weight.shape[:2]).to(weight)
-            size = math.sqrt(self.gain * weight.shape[0] / len(technique.edges(layer.site)))
-            size /= math.prod(weight.shape[2:])
+            size = math.sqrt(self.gain * weight.shape[0] / technique.weights(layer.site))
             with torch.no_grad():
-                weight.copy_((size * signs).reshape(*signs.shape, *[1] * (weight.dim() - 2)))
+                weight.copy_(size * technique.left(layer.site))
                 if layer.bias:
                     tensor_at(net.model, layer.bias).zero_()
         return net.with_model(net.model)
@@ -164,10 +160,10 @@ def sparse_paths(
     >>> net = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
     >>> plan = sparse_paths(net, torch.zeros(1, 16), paths=32)
     >>> {name: technique.components for name, technique in plan.sites.items()}
-    {'0': (1, 2), '2': (2, 3)}
+    {'0': (0, 1), '2': (1, 2)}
     """
     record = network(model, example, forward=forward).record
-    blank = SparsePaths(paths, (1, 2), seed, generator, signs)
+    blank = SparsePaths(paths, (0, 1), seed, generator, signs)
     if sites is None:
         chosen = [name for name, site in record.sites.items() if blank.fits(site)]
         if not chosen:
@@ -214,9 +210,9 @@ def _components(record: Record) -> Mapping[str, tuple[int, int]]:
         if refusal(site):
             continue
         before, behind = root(site.operands[0].tensor), root(site.writes[0])
-        first = numbers.setdefault(before, len(numbers) + 1)
+        first = numbers.setdefault(before, len(numbers))
         # a sum of a layer's input and its output: equal components would connect each channel to itself alone
-        second = numbers.setdefault(behind if behind != before else f"{site.name} inside", len(numbers) + 1)
+        second = numbers.setdefault(behind if behind != before else f"{site.name} inside", len(numbers))
         found[site.name] = first, second
     return found
 
