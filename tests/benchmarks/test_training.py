@@ -85,7 +85,7 @@ def test_saved_memory_counts_each_storage_once() -> None:
         z = y[:10].sin() * y.view(512, 512)[0, :10]  # views of it, and two small ones
         loss = z.sum()
         loss.backward()
-        return float(loss)
+        return float(loss.detach())
 
     assert training.saved_mib(loop) == pytest.approx(1, abs=0.01)
 
