@@ -7,6 +7,7 @@ training mode whose parameters train as any module's. Peers come from the extra 
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -28,6 +29,11 @@ class Trainer:
     settings: str
     build: Build
     peer: bool = False
+
+    @property
+    def version(self) -> str:
+        """Raises ``importlib.metadata.PackageNotFoundError`` where it is not installed."""
+        return importlib.metadata.version(self.package) if self.package else ""
 
 
 def plain(model: nn.Module, batches: Sequence[Tensor], w: int = 8, a: int = 8) -> nn.Module:

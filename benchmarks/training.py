@@ -89,8 +89,7 @@ def built(
     for trainer in trainers:
         try:
             with quiet():
-                if trainer.package:
-                    importlib.metadata.version(trainer.package)
+                assert trainer.version is not None  # raises where it is not installed
                 found[trainer.name] = trainer.build(model, [x for x, _ in data[:CALIBRATION]], 8, 8)
         except importlib.metadata.PackageNotFoundError:
             bench.miss(f'{trainer.name} is not installed (pip install -c constraints.txt -e ".[peers]")')
@@ -149,7 +148,7 @@ def _told(
 ) -> tuple[Any, ...]:
     low, high = samples.quartiles
     relative, trainer = ratio(samples, floats).median, TRAINERS[name]
-    version = importlib.metadata.version(trainer.package) if trainer.package else ""
+    version = trainer.version
     times = {"ms": samples.median, "ms_q1": low, "ms_q3": high, "of_float": relative}
     how = {"mac_share": share, "loss_first": first, "loss_last": last, "batch": BATCH, "settings": trainer.settings}
     bench.row("step", name=name, version=version, **times, **how)
@@ -230,8 +229,7 @@ def _measured(bench: Benchmark, repeats: int) -> Iterator[str]:
     names = []
     for trainer in TRAINERS.values():
         try:
-            if trainer.package:
-                importlib.metadata.version(trainer.package)
+            assert trainer.version is not None
             names.append(trainer.name)
         except importlib.metadata.PackageNotFoundError:
             bench.miss(f"{trainer.name} is not installed")
