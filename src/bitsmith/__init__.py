@@ -91,6 +91,10 @@ from .technique import Technique as Technique
 from .technique import Wants as Wants
 from .techniques.float_ import Float as Float
 from .techniques.int_ import Int as Int
+from .techniques.sparse import Sparse as Sparse
+from .techniques.sparse_paths import InitialisePaths as InitialisePaths
+from .techniques.sparse_paths import SparsePaths as SparsePaths
+from .techniques.sparse_paths import sparse_paths as sparse_paths
 from .techniques.winograd import Winograd as Winograd
 from .verify import Check as Check
 from .verify import verify as verify
@@ -120,6 +124,7 @@ __all__ = [
     "Format",
     "Gptq",
     "History",
+    "InitialisePaths",
     "Int",
     "InterceptionError",
     "Learn",
@@ -146,6 +151,8 @@ __all__ = [
     "SizeError",
     "Sizes",
     "SmoothQuant",
+    "Sparse",
+    "SparsePaths",
     "Step",
     "Store",
     "StoreError",
@@ -179,6 +186,7 @@ __all__ = [
     "searches",
     "sensitivities",
     "sites",
+    "sparse_paths",
     "targets",
     "verify",
 ]

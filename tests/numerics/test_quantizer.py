@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bitsmith.numerics import dialect
-from bitsmith.numerics.quantizer import Quantizer
+from bitsmith.numerics.quantizer import Quantizer, _edges
 from bitsmith.site import Format
 
 scales = st.floats(2.0**-20, 2.0**13, width=32)
@@ -184,6 +184,62 @@ def test_shared_lives_as_long_as_its_input() -> None:
     alive = weakref.ref(quantizer(x))
     quantizer.reset()
     assert alive() is None
+
+
+@settings(max_examples=150, deadline=None)
+@given(quantizer=quantizers(), extra=st.lists(floats, max_size=40))
+def test_gradient_behind_a_relu_is_the_same_without_a_mask(quantizer: Quantizer, extra: list[float]) -> None:
+    x = _samples(quantizer, extra)
+    weight = torch.linspace(-1, 1, len(x))
+    found = []
+    for kept in (True, False):
+        given = x.clone().requires_grad_()
+        rectified = given.relu()
+        output = quantizer(rectified if kept else rectified.view(-1))  # of a view a mask is saved
+        output.backward(weight)
+        assert given.grad is not None
+        found.append((output.detach(), given.grad))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
+def test_the_edges_are_the_last_numbers_that_are_clipped() -> None:
+    for scale, fmt, zero_point in ((0.1, Format(8), 3), (1.7e-5, Format(4, signed=True), -2), (3.0, Format(2), 0)):
+        quantizer = Quantizer(fmt, scale, zero_point)
+        edges = _edges(quantizer._constants)
+        assert edges is not None
+        below, above = (torch.tensor(edge) for edge in edges)
+        low, high = (level - zero_point for level in fmt.levels)
+
+        def level(x: Tensor, quantizer: Quantizer = quantizer) -> float:
+            return float(torch.mul(x, 1.0 / float(quantizer.scale)).round())
+
+        assert level(below) == low - 1
+        assert level(torch.nextafter(below, torch.tensor(torch.inf))) == low
+        assert level(above) == high + 1
+        assert level(torch.nextafter(above, torch.tensor(-torch.inf))) == high
+    assert _edges(Quantizer(Format(16), 2.0**113, 0)._constants) is None
+
+
+def test_nothing_is_saved_behind_a_relu_but_its_own_output() -> None:
+    quantizer = Quantizer(Format(8), 0.05, 0)
+    x = torch.randn(1000, requires_grad=True)
+    rectified = x.relu()
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        quantizer(rectified)
+    assert [t.data_ptr() for t in saved] == [rectified.data_ptr()]
+
+
+def test_a_tensor_that_nobody_keeps_may_be_overwritten() -> None:
+    quantizer = Quantizer(Format(8), 0.05, 0)
+    x = torch.randn(100, requires_grad=True)
+    doubled = x * 2
+    output = quantizer(doubled)
+    doubled.add_(100)  # a float network may do this behind an addition
+    output.sum().backward()
+    inside = ((x.detach() * 2 / 0.05).round() >= 0) & ((x.detach() * 2 / 0.05).round() <= 255)
+    assert torch.equal(x.grad, 2.0 * inside)
 
 
 def test_outputs_with_gradient_are_not_shared() -> None:

@@ -14,6 +14,8 @@ from bitsmith.site import Format, Range
 from bitsmith.technique import Technique
 from bitsmith.techniques.float_ import Float
 from bitsmith.techniques.int_ import Int
+from bitsmith.techniques.sparse import Sparse
+from bitsmith.techniques.sparse_paths import SparsePaths
 from bitsmith.techniques.winograd import Winograd
 from bitsmith.testing import check_technique
 
@@ -23,6 +25,10 @@ CHOSEN: tuple[Technique, ...] = (
     Int(4, None, granularity="group", group=2),
     Int(2, 4, range=Range("mse"), weight_range=Range("mse"), granularity="tensor"),
     Int(8, 16, affine_weights=True),
+    Sparse(0.2),
+    Sparse(0.3, "kernel"),
+    SparsePaths(6, (4, 1), seed=3, signs="fixed"),
+    SparsePaths(9, generator="random"),
     *(Winograd(tile, bits, kind) for tile in (2, 4, 6) for bits in (8, 16, 32) for kind in ("static", "flex")),
 )
 

@@ -1,0 +1,1 @@
+"""Quantization-aware training at few bits, ours against Brevitas and torchao."""
