@@ -30,12 +30,14 @@ from .learn.choice import LearnedStep as LearnedStep
 from .learn.choice import differentiable_search as differentiable_search
 from .learn.finetune import TrainingError as TrainingError
 from .learn.finetune import finetune as finetune
+from .learn.metaplastic import Metaplastic as Metaplastic
 from .load import load as load
 from .model.apply import apply as apply
 from .model.apply import plan_of as plan_of
 from .model.calibrate import CalibrationError as CalibrationError
 from .model.intercept import InterceptionError as InterceptionError
 from .model.network import sites as sites
+from .numerics.bit_errors import ResistiveBit as ResistiveBit
 from .optimize import Optimized as Optimized
 from .optimize import optimize as optimize
 from .plan import Budget as Budget
@@ -80,6 +82,7 @@ from .technique import PrepareError as PrepareError
 from .technique import Step as Step
 from .technique import Technique as Technique
 from .technique import Wants as Wants
+from .techniques.binary import Binary as Binary
 from .techniques.float_ import Float as Float
 from .techniques.int_ import Int as Int
 from .techniques.winograd import Winograd as Winograd
@@ -91,6 +94,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaRound",
     "Artifact",
+    "Binary",
     "Budget",
     "BudgetError",
     "CalibrationError",
@@ -114,6 +118,7 @@ __all__ = [
     "InterceptionError",
     "LearnedPlan",
     "LearnedStep",
+    "Metaplastic",
     "ModelRunError",
     "No",
     "Optimized",
@@ -125,6 +130,7 @@ __all__ = [
     "Range",
     "Record",
     "Report",
+    "ResistiveBit",
     "Result",
     "Row",
     "Score",

@@ -12,6 +12,7 @@ import pytest
 import bitsmith.techniques
 from bitsmith.site import Format, Range
 from bitsmith.technique import Technique
+from bitsmith.techniques.binary import Binary
 from bitsmith.techniques.float_ import Float
 from bitsmith.techniques.int_ import Int
 from bitsmith.techniques.winograd import Winograd
@@ -23,6 +24,8 @@ CHOSEN: tuple[Technique, ...] = (
     Int(4, None, granularity="group", group=2),
     Int(2, 4, range=Range("mse"), weight_range=Range("mse"), granularity="tensor"),
     Int(8, 16, affine_weights=True),
+    Binary("none", activations=True, cancel_gradient=0.5),
+    Binary("learned", stochastic=True, error_rate=0.1),
     *(Winograd(tile, bits, kind) for tile in (2, 4, 6) for bits in (8, 16, 32) for kind in ("static", "flex")),
 )
 
