@@ -113,7 +113,8 @@ def test_picture_is_what_its_script_draws() -> None:
 # torch's exporter warns of its own code
 @pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)`:FutureWarning")
 @pytest.mark.parametrize(
-    "page", ["start.md", "how-to-choose.md", "search.md", "frameworks.md", "post_training.md", "winograd.md"]
+    "page",
+    ["start.md", "how-to-choose.md", "search.md", "frameworks.md", "post_training.md", "winograd.md", "binary.md"],
 )
 def test_python_of_the_pages_runs(page: str, given: dict[str, Any]) -> None:
     found = blocks(ROOT / "docs" / page, "python")
