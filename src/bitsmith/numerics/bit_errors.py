@@ -16,7 +16,7 @@ class ResistiveBit:
 
     >>> cell = ResistiveBit(on=5.0, off=50.0, on_spread=0.3, off_spread=0.9)
     >>> print(f"{cell.pair_error_rate():.1e} {cell.single_error_rate():.1e}")
-    7.6e-03 5.0e-02
+    7.6e-03 2.8e-02
     """
 
     on: float
