@@ -113,16 +113,18 @@ def memory_cells() -> None:
     table(title, ["spread of ln R_off", "one device (1T1R)", "a pair (2T2R)"], lines)
 
 
-def row_of_tasks(records: Mapping[float, Sequence[Mapping[str, Any]]], title: str) -> None:
-    """After the last task, of each task; and of the newest, when it was the newest."""
+def row_of_tasks(records: Mapping[tuple[float, float], Sequence[Mapping[str, Any]]], title: str) -> None:
+    """By rate and m: after the last task, of each task; and of the newest, when it was the newest."""
     lines = []
-    for m, found in records.items():
+    for (rate, m), found in records.items():
+        if not found:
+            continue
         last = [one["accuracy"][-1] for one in found]
         tasks = [spread((row[k] for row in last), percent=True) for k in range(len(last[0]))]
         newest = spread((_mean([row[-1] for row in one["accuracy"]]) for one in found), percent=True)
-        lines.append([f"{m:g}", str(len(found)), *tasks, spread(map(_mean, last), percent=True), newest])
-    count = len(lines[0]) - 4
-    heads = ["m", "seeds", *(f"task {k + 1}" for k in range(count)), "mean", "each when it was new"]
+        lines.append([f"{rate:g}", f"{m:g}", str(len(found)), *tasks, spread(map(_mean, last), percent=True), newest])
+    count = len(lines[0]) - 5
+    heads = ["rate", "m", "seeds", *(f"task {k + 1}" for k in range(count)), "mean", "each when it was new"]
     table(title, heads, lines)
 
 

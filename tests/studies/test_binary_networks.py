@@ -62,7 +62,7 @@ def test_every_part_runs_and_a_second_run_only_reads(small, capsys):
     again = json.loads((small / "binary_networks.json").read_text(encoding="utf-8"))
     assert first["rows"] == again["rows"]
     counts = {name: sum(row["part"] == name for row in first["rows"]) for name in study.PARTS}
-    assert counts == {"tune": 16, "mnist": 24, "errors": 1, "tasks": 2, "cifar": 12, "resnet": 3}
+    assert counts == {"tune": 16, "mnist": 24, "errors": 1, "tasks": 6, "cifar": 12, "resnet": 3}
     assert not first["left_out"]
     assert " s\n" not in printed.partition("commit")[0]  # nothing was made again
     for name in ("curves", "errors"):
