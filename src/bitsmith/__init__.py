@@ -32,6 +32,7 @@ from .learn.finetune import finetune as finetune
 from .learn.history import History as History
 from .learn.history import TrainingStep as TrainingStep
 from .learn.loop import TrainingError as TrainingError
+from .learn.metaplastic import Metaplastic as Metaplastic
 from .learn.precision import LearnedPrecision as LearnedPrecision
 from .learn.precision import PrecisionStep as PrecisionStep
 from .learn.precision import SizeError as SizeError
@@ -44,6 +45,7 @@ from .model.apply import plan_of as plan_of
 from .model.calibrate import CalibrationError as CalibrationError
 from .model.intercept import InterceptionError as InterceptionError
 from .model.network import sites as sites
+from .numerics.bit_errors import ResistiveBit as ResistiveBit
 from .optimize import Optimized as Optimized
 from .optimize import optimize as optimize
 from .plan import Budget as Budget
@@ -89,6 +91,7 @@ from .technique import PrepareError as PrepareError
 from .technique import Step as Step
 from .technique import Technique as Technique
 from .technique import Wants as Wants
+from .techniques.binary import Binary as Binary
 from .techniques.float_ import Float as Float
 from .techniques.int_ import Int as Int
 from .techniques.sparse import Sparse as Sparse
@@ -104,6 +107,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaRound",
     "Artifact",
+    "Binary",
     "Budget",
     "BudgetError",
     "CalibrationError",
@@ -131,6 +135,7 @@ __all__ = [
     "LearnedPlan",
     "LearnedPrecision",
     "LearnedStep",
+    "Metaplastic",
     "ModelRunError",
     "No",
     "Optimized",
@@ -143,6 +148,7 @@ __all__ = [
     "Range",
     "Record",
     "Report",
+    "ResistiveBit",
     "Result",
     "Row",
     "Score",

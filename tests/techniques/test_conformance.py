@@ -12,6 +12,7 @@ import pytest
 import bitsmith.techniques
 from bitsmith.site import Format, Range
 from bitsmith.technique import Technique
+from bitsmith.techniques.binary import Binary
 from bitsmith.techniques.float_ import Float
 from bitsmith.techniques.int_ import Int
 from bitsmith.techniques.sparse import Sparse
@@ -29,6 +30,8 @@ CHOSEN: tuple[Technique, ...] = (
     Sparse(0.3, "kernel"),
     SparsePaths(6, (4, 1), seed=3, signs="fixed"),
     SparsePaths(9, generator="random"),
+    Binary("none", activations=True, cancel_gradient=0.5),
+    Binary("learned", stochastic=True, error_rate=0.1),
     *(Winograd(tile, bits, kind) for tile in (2, 4, 6) for bits in (8, 16, 32) for kind in ("static", "flex")),
 )
 

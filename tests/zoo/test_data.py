@@ -17,6 +17,7 @@ from bitsmith.zoo.data import (
     data_root,
     imagenet_calibration,
     imagenet_val,
+    mnist,
     normalise_cifar,
     normalise_imagenet,
     speech_commands,
@@ -81,6 +82,25 @@ def test_absent_and_damaged_files_are_errors(tmp_path: Path) -> None:
     (tmp_path / "cifar10" / "cifar10_lossless.npz").write_bytes(b"PK\x03\x04 not a zip")
     with pytest.raises(WeightsError, match="write it again"):
         cifar10(tmp_path)
+
+
+def test_mnist_arrays(tmp_path: Path) -> None:
+    arrays: dict[str, np.ndarray] = {}
+    for split, n in (("train", 3), ("test", 2)):
+        arrays |= {f"x_{split}": np.zeros((n, 28, 28), np.uint8), f"y_{split}": np.arange(n, dtype=np.uint8)}
+    (tmp_path / "mnist").mkdir()
+    path = tmp_path / "mnist" / "mnist.npz"
+    np.savez(path, **arrays)
+    data = mnist(tmp_path)
+    assert {k: (v.shape, v.dtype.name) for k, v in data.items()} == {
+        "x_train": ((3, 28, 28), "uint8"),
+        "y_train": ((3,), "int64"),
+        "x_test": ((2, 28, 28), "uint8"),
+        "y_test": ((2,), "int64"),
+    }
+    np.savez(path, **{**arrays, "y_test": np.zeros(5, np.uint8)})
+    with pytest.raises(ValueError, match="differ in length"):
+        mnist(tmp_path)
 
 
 def test_normalise_is_the_stated_formula_in_channel_first_order() -> None:

@@ -79,6 +79,20 @@ def normalise_cifar(images: NDArray[np.uint8]) -> NDArray[np.float32]:
     return np.ascontiguousarray(normalised.transpose(0, 3, 1, 2), dtype=np.float32)
 
 
+def mnist(root: str | Path) -> dict[str, NDArray[Any]]:
+    """The MNIST digits under ``root``: ``x_train`` (n, 28, 28) and ``x_test`` as uint8, ``y_train`` (n,) and ``y_test``
+    as int64 classes 0 to 9: 60,000 images to train, and 3000 of the 10,000 of the test. Raises as :func:`cifar10`."""
+    path = _present(root, "mnist", "mnist.npz")
+    arrays = read_npz(path)
+    for split in ("train", "test"):
+        _check(path, arrays, f"x_{split}", (28, 28), "iu")
+        _check(path, arrays, f"y_{split}", (), "iu")
+        if len(arrays[f"x_{split}"]) != len(arrays[f"y_{split}"]):
+            raise ValueError(f"{path}: x_{split} and y_{split} differ in length")
+    names = ("x_train", "y_train", "x_test", "y_test")
+    return {name: arrays[name].astype(np.uint8 if name[0] == "x" else np.int64) for name in names}
+
+
 def imagenet_val(root: str | Path, size: int = 224) -> dict[str, NDArray[Any]]:
     """1000 images of ImageNet's validation set: ``x`` (1000, size, size, 3) uint8 RGB, the centre of 227x227 pixels,
     and ``y`` (1000,) int64 classes 0 to 999, in the order of ``labels.csv``.
