@@ -80,6 +80,7 @@ from .technique import PrepareError as PrepareError
 from .technique import Step as Step
 from .technique import Technique as Technique
 from .technique import Wants as Wants
+from .techniques.degree_quant import DegreeQuant as DegreeQuant
 from .techniques.float_ import Float as Float
 from .techniques.int_ import Int as Int
 from .techniques.winograd import Winograd as Winograd
@@ -100,6 +101,7 @@ __all__ = [
     "CorrectBias",
     "Costs",
     "DataError",
+    "DegreeQuant",
     "Drop",
     "Edge",
     "EdgeRow",
