@@ -125,7 +125,8 @@ def _scatter_reduce(
 
 
 def _spmm(input: Tensor, other: Tensor, *, reduce: str | None = None) -> Tensor:
-    return torch.sparse.mm(input, other) if reduce is None else torch.sparse.mm(input, other, reduce)
+    found: Tensor = torch.sparse.mm(input, other) if reduce is None else torch.sparse.mm(input, other, reduce)
+    return found
 
 
 def _softmax(
@@ -203,7 +204,7 @@ _ADDED_TO = {
     "mat2": "other",
     "batch2": "other",
 }
-_SPARSE = {"mat1": "input", "sparse": "input", "mat2": "other", "dense": "other"}
+_SPARSE = {"sparse": "input", "mat1": "input", "mat2": "other", "dense": "other"}
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _CONV_T = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 _POOL = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")

@@ -29,7 +29,7 @@ def messages_of(edges: Tensor, nodes: int | None = None) -> tuple[Messages, int]
         if edges.dim() != 2 or edges.shape[0] != edges.shape[1]:
             raise ValueError(f"edges as a sparse matrix must be square (nodes, nodes), got {tuple(edges.shape)}")
         # the conversion keeps rows in order, and columns inside a row: the order of the values
-        indices = edges.detach().to_sparse_coo().coalesce().indices()
+        indices = edges.detach().to_sparse_coo().coalesce().indices()  # type: ignore[no-untyped-call]
         return Messages(indices[1], indices[0]), edges.shape[0]
     if edges.dim() != 2 or edges.shape[0] != 2 or edges.is_floating_point() or edges.dtype == torch.bool:
         raise ValueError(
@@ -66,11 +66,12 @@ def degree_quantiles(degree: Tensor, batch: Tensor | None = None) -> Tensor:
         return torch.zeros(0, device=degree.device)
     batch = torch.zeros_like(degree) if batch is None else batch.to(torch.int64)
     width = int(degree.max()) + 1
-    kinds, kind, count = (batch * width + degree).unique(return_inverse=True, return_counts=True)
+    kinds, kind, count = torch.unique(batch * width + degree, return_inverse=True, return_counts=True)
     graph = kinds // width
     size = torch.bincount(batch)
     before = size.cumsum(0) - size
-    return ((count.cumsum(0) - before[graph]).double() / size[graph])[kind].float()
+    share: Tensor = (count.cumsum(0) - before[graph]).double() / size[graph]
+    return share[kind].float()
 
 
 def with_loops(messages: Messages, nodes: int, by_target: bool = False) -> Messages:

@@ -59,6 +59,9 @@ class RunningQuantizer(nn.Module):
             value = self.grid(x) if self.clips else straight_through(x, self.grid(x.detach()))
         if protected is None:
             return value
+        if not value.requires_grad:  # few rows: cheaper than another tensor of the whole
+            value[protected] = x[protected].to(value.dtype)
+            return value
         return torch.where(protected.view(-1, *[1] * (x.dim() - 1)), x, value)
 
     @torch.no_grad()

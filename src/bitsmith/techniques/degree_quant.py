@@ -37,8 +37,8 @@ class DegreeQuant(Technique):
     In training a node stays in full precision with probability ``low + (high - low) F(d)``: ``F`` is the part of the
     nodes of its graph whose in-degree is no greater than its own, ``d``. A new draw in every forward pass, the same at
     all sites; messages share the draw of the node that sends them; a row that is drawn does not move a range. Nothing
-    is protected in evaluation. ``edges`` names the model's input that holds the edges, (2, E) or a sparse matrix of what
-    each node receives; ``batch`` the one that tells the graph of each node, None for a single graph.
+    is protected in evaluation. ``edges`` names the model's input that holds the edges, (2, E) or a sparse matrix of
+    what each node receives; ``batch`` the one that tells the graph of each node, None for a single graph.
 
     ``low = high = 0``, ``percentile=None`` and ``gradient="ste"`` are plain quantization-aware training, for any model.
 
@@ -92,8 +92,7 @@ class DegreeQuant(Technique):
             {
                 name: self
                 for name, site in sites.items()
-                if self.fits(site)
-                and (softmax or not (site.path in attention and site.kind in ("sub", *AGGREGATIONS)))
+                if self.fits(site) and (softmax or not (site.path in attention and site.kind in ("sub", *AGGREGATIONS)))
             }
         )
 
@@ -196,17 +195,16 @@ class _DegreeCell(Cell):
 
     def _sparse(self, quantizer: nn.Module, x: Tensor) -> Tensor:
         """The same matrix with its values on the grid; row i, column j is a message from j."""
-        if x.layout == torch.sparse_coo:
-            x = x.coalesce()
-            source, build = x.indices()[1], lambda v: torch.sparse_coo_tensor(x.indices(), v, x.shape, is_coalesced=True)
-        elif x.layout == torch.sparse_csr:
-            rows = x.crow_indices(), x.col_indices()
-            source, build = rows[1], lambda v: torch.sparse_csr_tensor(*rows, v, x.shape)
-        else:
-            return self._sparse(quantizer, x.to_sparse_csr())
+        if x.layout not in (torch.sparse_coo, torch.sparse_csr):
+            x = x.to_sparse_csr()
+        x = x.coalesce() if x.layout == torch.sparse_coo else x
+        coo = x.layout == torch.sparse_coo
+        source = x.indices()[1] if coo else x.col_indices()
         protected = None if self._mask is None or x.shape[1] != len(self._mask) else self._mask[source]
-        made: Tensor = build(quantizer(x.values(), protected))
-        return made
+        values = quantizer(x.values(), protected)
+        if coo:
+            return torch.sparse_coo_tensor(x.indices(), values, x.shape, check_invariants=False, is_coalesced=True)
+        return torch.sparse_csr_tensor(x.crow_indices(), source, values, x.shape, check_invariants=False)
 
     # -- which rows stay in full precision ---------------------------------------------------------------------------
 

@@ -61,9 +61,9 @@ def collate(graphs: Iterable[Graph]) -> tuple[tuple[Tensor, Tensor, Tensor], Ten
 def graph_file(root: str | Path, name: str, features: str = "tag", most: int = 64) -> list[Graph]:
     """The graphs of ``graphs/<name>.txt`` under ``root``: MUTAG, PROTEINS or IMDBBINARY, in the order of the file.
 
-    ``features``: ``tag`` (one-hot of the nodes' tags) or ``degree`` (one-hot of the degree; ``most`` and above are one),
-    for graphs without tags as IMDB-BINARY (Xu et al. 2018, arXiv:1810.00826, section 7). Classes count from 0, in the
-    order of the labels. Raises ``FileNotFoundError``, ``ValueError`` with the line that is broken.
+    ``features``: ``tag`` (one-hot of the nodes' tags) or ``degree`` (one-hot of the degree; ``most`` and above count
+    as one), for graphs without tags as IMDB-BINARY (Xu et al. 2018, arXiv:1810.00826, section 7). Classes count from
+    0, in the order of the labels. Raises ``FileNotFoundError``, ``ValueError`` with the line that is broken.
     """
     if features not in ("tag", "degree"):
         raise ValueError(f"graph_file(features={features!r}): must be 'tag' or 'degree'")
@@ -114,8 +114,8 @@ def attachment_graphs(
     """
     if not 1 <= edges < nodes[0] <= nodes[1] or not 0.0 <= preference <= 1.0:
         raise ValueError(
-            f"attachment_graphs(nodes={nodes}, edges={edges}, preference={preference}): needs edges < least <= greatest "
-            "and a preference from 0 to 1"
+            f"attachment_graphs(nodes={nodes}, edges={edges}, preference={preference}): needs edges < least <= "
+            "greatest and a preference from 0 to 1"
         )
     rng = np.random.default_rng(seed)
     graphs = []
