@@ -291,6 +291,24 @@ def test_training_lowers_the_loss_under_finetune() -> None:
     assert loss(trained) < 0.8 * loss(net)
 
 
+@pytest.mark.parametrize("kind", ["GCN", "GIN", "GAT"])
+def test_an_exported_network_runs_what_is_simulated(kind: str, tmp_path) -> None:
+    x, edges = random_graph()
+    model, target = make(kind), bs.targets.OnnxRuntime(threads=1)
+    plan = bs.DegreeQuant(8, 8, high=0.0).plan(bs.sites(model, (x, edges)))
+    net = bs.apply(model, plan, [((x, edges), None)]).train()
+    net(x, edges)
+    net.eval()
+    artifact = bs.export(net, target, tmp_path / "net.onnx", (x, edges), batch=None)
+    (got,) = target.run(artifact, [x.numpy(), edges.numpy()])
+    with torch.no_grad():
+        wanted = net(x, edges)
+    step = max(float(one.grid.scale) for one in quantizers(net).values())
+    assert np.abs(got - wanted.numpy()).max() < 2 * step  # a value on the edge of a level may fall the other way
+    assert np.mean(np.abs(got - wanted.numpy()) < 1e-5) > 0.9
+    assert b"DequantizeLinear" in artifact.path.read_bytes()
+
+
 # -- bad input ---------------------------------------------------------------------------------------------------------
 
 

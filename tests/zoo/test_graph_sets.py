@@ -40,7 +40,7 @@ def test_a_file_by_tags_and_by_degrees(tmp_path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "line"),
-    [(TWO.replace("9 1 0", "9 2 0"), 4), (TWO.replace("7 2 1 2", "7 2 1 8"), 3), (TWO[:-5], 6), ("x\n", 2)],
+    [(TWO.replace("9 1 0", "9 2 0"), 4), (TWO.replace("7 2 1 2", "7 2 1 8"), 3), (TWO[:-5], 7), ("x\n", 1)],
 )
 def test_a_broken_file_names_the_line(tmp_path, text: str, line: int) -> None:
     with pytest.raises(ValueError, match=rf"MUTAG.txt:{line}: not the text of a graph"):
@@ -106,7 +106,8 @@ def test_a_molecule() -> None:
 
 
 @pytest.mark.parametrize(
-    ("smiles", "reason"), [("C(C", "not SMILES"), ("FC(F)(F)(F)F", "valence"), ("c1ccc1x", "not SMILES"), ("", "no atom")]
+    ("smiles", "reason"),
+    [("C(C", "not SMILES"), ("FC(F)(F)(F)F", "valence"), ("c1ccc1x", "not SMILES"), ("", "no atom")],
 )
 def test_what_is_no_molecule_says_why(smiles: str, reason: str) -> None:
     pytest.importorskip("rdkit", reason='needs RDKit: pip install "bitsmith[molecules]"')

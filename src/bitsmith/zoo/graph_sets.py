@@ -70,9 +70,10 @@ def graph_file(root: str | Path, name: str, features: str = "tag", most: int = 6
     path = present(root, "graphs", f"{name}.txt")
     rows = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
     found: list[tuple[int, list[int], list[tuple[int, int]]]] = []
-    at = 1
+    at = 0
     try:
-        for _ in range(int(rows[0][0])):
+        count, at = int(rows[0][0]), 1
+        for _ in range(count):
             nodes, label = map(int, rows[at])
             tags, edges = [], []
             for node in range(nodes):
