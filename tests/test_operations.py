@@ -17,6 +17,7 @@ G = torch.Generator().manual_seed(0)
 X, Y = torch.rand(3, 4, generator=G), torch.rand(3, 4, generator=G)
 SQUARE, BATCH = torch.rand(4, 4, generator=G), torch.rand(2, 3, 4, generator=G)
 ROWS = torch.tensor([0, 2, 1])
+SPARSE = torch.sparse_coo_tensor([[0, 1, 1], [2, 0, 1]], [0.5, 1.0, 2.0], (3, 3), check_invariants=False)
 IMAGE, KERNEL = torch.rand(1, 2, 6, 6, generator=G), torch.rand(4, 2, 3, 3, generator=G)
 
 CALLS: dict[str, list[Callable[[], Any]]] = {
@@ -83,6 +84,11 @@ CALLS: dict[str, list[Callable[[], Any]]] = {
         lambda: F.conv2d(input=IMAGE, weight=KERNEL, bias=None, padding=(1, 1)),
     ],
     "linear": [lambda: F.linear(X, SQUARE), lambda: F.linear(input=X, weight=SQUARE, bias=None)],
+    "spmm": [
+        lambda: torch.sparse.mm(SPARSE, X),
+        lambda: torch.sparse.mm(SPARSE.coalesce(), X),
+        lambda: torch.sparse.mm(SPARSE, dense=X),
+    ],
     "embedding": [lambda: F.embedding(ROWS, SQUARE), lambda: F.embedding(input=ROWS, weight=SQUARE, padding_idx=None)],
     "index_add": [lambda: X.index_add(0, ROWS, Y), lambda: X.clone().index_add_(0, ROWS, Y, alpha=1)],
     "scatter_add": [
@@ -141,6 +147,15 @@ def test_every_spelling(kind: str, index: int) -> None:
     assert [k for k, _, _ in mode.seen][-1] == kind
     wanted = 2 if OPERATIONS[kind].variadic else len(OPERATIONS[kind].operands)
     assert mode.seen[-1][1] == wanted
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_sparse_products_with_a_reduction() -> None:
+    matrix = SPARSE.to_sparse_csr()
+    expected = torch.sparse.mm(matrix, X, "mean")
+    with Split() as mode:
+        assert torch.equal(torch.sparse.mm(matrix, X, "mean"), expected)
+    assert mode.seen == [("spmm", 2, False)]
 
 
 def test_in_place_calls_know_what_they_overwrite() -> None:

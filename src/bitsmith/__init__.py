@@ -92,6 +92,7 @@ from .technique import Step as Step
 from .technique import Technique as Technique
 from .technique import Wants as Wants
 from .techniques.binary import Binary as Binary
+from .techniques.degree_quant import DegreeQuant as DegreeQuant
 from .techniques.float_ import Float as Float
 from .techniques.int_ import Int as Int
 from .techniques.sparse import Sparse as Sparse
@@ -117,6 +118,7 @@ __all__ = [
     "CorrectBias",
     "Costs",
     "DataError",
+    "DegreeQuant",
     "Drop",
     "Edge",
     "EdgeRow",

@@ -205,6 +205,7 @@ def _cases() -> Iterator[Case]:
     yield _case(
         "scatter_reduce", lambda x, y: torch.scatter_reduce(x, 1, index.to(x.device), y, "sum"), (4, 3, 5), (4, 1, 5)
     )
+    yield _case("spmm", lambda x, y: torch.sparse.mm(x.to_sparse_coo(), y), (4, 5), (5, 3))
     yield _layer("batch_norm", "batch_norm", lambda: nn.BatchNorm2d(4), 4, 4, 5, 5)
     yield _layer("layer_norm", "layer_norm", lambda: nn.LayerNorm(8), 4, 5, 8)
     yield _layer("group_norm", "group_norm", lambda: nn.GroupNorm(2, 4), 4, 4, 5, 5)

@@ -124,6 +124,11 @@ def _scatter_reduce(
     return torch.scatter_reduce(input, dim, index, source, reduce, include_self=include_self)
 
 
+def _spmm(input: Tensor, other: Tensor, *, reduce: str | None = None) -> Tensor:
+    found: Tensor = torch.sparse.mm(input, other) if reduce is None else torch.sparse.mm(input, other, reduce)
+    return found
+
+
 def _softmax(
     input: Tensor, *, dim: int | None = None, _stacklevel: Any = 3, dtype: torch.dtype | None = None
 ) -> Tensor:
@@ -199,6 +204,7 @@ _ADDED_TO = {
     "mat2": "other",
     "batch2": "other",
 }
+_SPARSE = {"sparse": "input", "mat1": "input", "mat2": "other", "dense": "other"}
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _CONV_T = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 _POOL = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
@@ -270,6 +276,10 @@ _TABLE: tuple[Operation, ...] = (
         for n in (1, 2, 3)
     ),
     Operation("mean", torch.mean, _names("mean"), ("input", "dim", "keepdim", "dtype"), ("input",)),
+    # no runtime has an integer kernel for it, and other techniques cannot read sparse tensors
+    Operation(
+        "spmm", _spmm, (torch.sparse.mm,), ("input", "other", "reduce"), ("input", "other"), "float", synonyms=_SPARSE
+    ),
     Operation(
         "index_add",
         _index_add,

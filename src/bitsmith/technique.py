@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -172,6 +172,10 @@ class Cell(nn.Module):
 
     def reset(self) -> None:
         """Called at the start of every top-level forward: recurrent state, counters."""
+
+    def observe(self, inputs: Mapping[str, Any]) -> None:
+        """Called after ``reset`` with the arguments of the top-level forward by name: of its parameters, then
+        ``input<k>`` for the k-th, where it takes any number."""
 
     def settle(self) -> Technique | None:
         """What was learned, as a fixed technique; None: the technique it was built from."""

@@ -6,6 +6,7 @@ import importlib.util
 import re
 import shlex
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -132,6 +133,18 @@ def test_python_of_the_pages_runs(page: str, given: dict[str, Any]) -> None:
     assert found
     for code in found:
         exec(compile(code, page, "exec", dont_inherit=True), given)
+
+
+@pytest.mark.filterwarnings("ignore:.*jit.*:DeprecationWarning")
+def test_python_of_the_page_on_graphs_runs(given: dict[str, Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it calls torch.jit.script when it is imported
+        pytest.importorskip("torch_geometric", reason='needs PyTorch Geometric: pip install "bitsmith[graphs]"')
+    for code in blocks(ROOT / "docs" / "graphs.md", "python"):
+        exec(compile(code, "graphs.md", "exec", dont_inherit=True), given)
+    assert set(given["plan"].sites) == {
+        f"{layer}{site}" for layer in ("first", "second") for site in (".lin", ":mul.2", ".aggr_module")
+    }
 
 
 def test_figures_of_winograd_are_what_its_page_measures(

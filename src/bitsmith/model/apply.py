@@ -63,6 +63,7 @@ class _Computer(Names):
         self.folded: dict[str, nn.Module] = {}
         self.bypassed = False
         self.resets: tuple[Any, ...] = ()
+        self.observing: tuple[Cell, ...] = ()
         # the site that alone feeds a normalisation or a ReLU
         self.heads = {member: site.name for site in net.record.sites.values() for member in site.epilogue}
         for name in net.record.sites:
@@ -101,9 +102,11 @@ class _Computer(Names):
         """Send every site through its cell, so that exported nodes carry its name."""
         self.watch({name for name in self.record_sites if name not in self.opened or name in self.busy})
 
-    def begin(self) -> None:
+    def begin(self, inputs: Mapping[str, Any]) -> None:
         for part in self.resets:
             part.reset()
+        for cell in self.observing:
+            cell.observe(inputs)
 
     def compute(self, name: str, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         operation = call.operation
@@ -250,6 +253,7 @@ def wired(net: Network, plan: Plan, additions: Additions, placement: Placement, 
         if norm is not None and site.fold is not None:
             computer.fold(site.fold.site, norm)
     computer.resets = (*_share(placement, additions), *_forgetful(additions))
+    computer.observing = tuple(_overriding(additions, "observe"))
     return computer
 
 
@@ -343,7 +347,13 @@ def _share(placement: Placement, additions: Additions) -> list[Quantizer]:
 
 def _forgetful(additions: Additions) -> list[Cell]:
     """The cells that have something to forget between forwards."""
-    return [cell for cell in additions.cells.values() if isinstance(cell, Cell) and type(cell).reset is not Cell.reset]
+    return _overriding(additions, "reset")
+
+
+def _overriding(additions: Additions, method: str) -> list[Cell]:
+    """The cells that have that method of their own."""
+    cells = [cell for cell in additions.cells.values() if isinstance(cell, Cell)]
+    return [cell for cell in cells if getattr(type(cell), method) is not getattr(Cell, method)]
 
 
 def prepared(net: Network, plan: Plan, calibration: Any) -> Network:

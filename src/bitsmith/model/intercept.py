@@ -47,7 +47,7 @@ class Handler(Protocol):
         self, path: str, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any: ...
 
-    def begin(self) -> None: ...
+    def begin(self, inputs: Mapping[str, Any]) -> None: ...
 
 
 class Scope:
@@ -65,8 +65,14 @@ class Scope:
 class Interceptor:
     """Shared by the hooks of one instrumented model."""
 
-    def __init__(self, handler: Handler) -> None:
+    def __init__(self, handler: Handler, parameters: tuple[str, ...] = ()) -> None:
         self.handler = handler
+        self.parameters = parameters
+
+    def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of the root's forward by name: those of its parameters, then ``input<k>``."""
+        further = [f"input{k}" for k in range(len(self.parameters), len(args))]
+        return {**dict(zip((*self.parameters, *further), args, strict=False)), **kwargs}
 
 
 class _Mode(TorchFunctionMode):
@@ -169,7 +175,7 @@ def run_root(
         )
     modes = _modes()
     if not modes or modes[-1].interceptor is not interceptor:  # else the model calls itself
-        interceptor.handler.begin()
+        interceptor.handler.begin(interceptor.named(args, kwargs))
     mode = _Mode(interceptor)
     mode.scopes.append(Scope(""))
     modes.append(mode)
@@ -219,7 +225,7 @@ def instrument(model: nn.Module, handler: Handler, modules: tuple[str, ...] = ()
 
     Raises ``InterceptionError`` for TorchScript modules: their operations run in C++ and cannot be seen.
     """
-    interceptor = Interceptor(handler)
+    interceptor = Interceptor(handler, _positional(model))
     _skip_pieces()
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
@@ -236,6 +242,15 @@ def instrument(model: nn.Module, handler: Handler, modules: tuple[str, ...] = ()
     model.__dict__["_interceptor"] = interceptor
     model.forward = types.MethodType(_root_forward(_class_forward(model)), model)
     return interceptor
+
+
+def _positional(model: nn.Module) -> tuple[str, ...]:
+    """Names of the forward's parameters that may be given by position."""
+    try:
+        found = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):
+        return ()
+    return tuple(p.name for p in found if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
 
 
 def _class_forward(model: nn.Module) -> Callable[..., Any]:

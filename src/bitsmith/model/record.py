@@ -87,7 +87,7 @@ class Recorder:
             self.constants.mark(tensor, (key,))
             self.tensor_keys[id(tensor)] = key
 
-    def begin(self) -> None:
+    def begin(self, inputs: Mapping[str, Any]) -> None:
         return None
 
     # -- calls ---------------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ class Names(ABC):
         sites = (self.record_sites[name] for name in (*self.watched, *self.opened))
         self.planned = frozenset((site.path, site.kind) for site in sites)
 
-    def begin(self) -> None:
+    def begin(self, inputs: Mapping[str, Any]) -> None:
         return None
 
     def call(self, scope: Scope, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -34,7 +34,8 @@ def data_root() -> Path | None:
     return next((place.resolve() for place in places if place.is_dir()), None)
 
 
-def _present(root: str | Path, folder: str, name: str) -> Path:
+def present(root: str | Path, folder: str, name: str) -> Path:
+    """``root/folder/name``; raises ``FileNotFoundError`` with what to set where it is missing."""
     path = Path(root) / folder / name
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing; set BITSMITH_DATA to the folder that holds {folder}/")
@@ -55,7 +56,7 @@ def cifar10(root: str | Path) -> dict[str, NDArray[Any]]:
 
     Raises ``FileNotFoundError`` without the file, ``WeightsError`` for a damaged one, ``ValueError`` for other content.
     """
-    path = _present(root, "cifar10", "cifar10_lossless.npz")
+    path = present(root, "cifar10", "cifar10_lossless.npz")
     arrays = read_npz(path)
     for name, shape in _CIFAR_SHAPES.items():
         _check(path, arrays, name, shape, "iu")
@@ -101,12 +102,12 @@ def imagenet_val(root: str | Path, size: int = 224) -> dict[str, NDArray[Any]]:
     them as ImageNet's. Raises ``FileNotFoundError``, ``ValueError`` for labels of another form or images that are
     smaller than ``size``, ``ModuleNotFoundError`` without Pillow.
     """
-    path = _present(root, "imagenet_val", "labels.csv")
+    path = present(root, "imagenet_val", "labels.csv")
     with path.open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.reader(file) if row]
     if rows[:1] != [["file", "class_index"]] or not all(len(row) == 2 and row[1].isdecimal() for row in rows[1:]):
         raise ValueError(f"{path}: expected the columns file,class_index and an integer class in each row")
-    images = [_centre(_present(root, "imagenet_val", f"images/{name}"), size) for name, _ in rows[1:]]
+    images = [_centre(present(root, "imagenet_val", f"images/{name}"), size) for name, _ in rows[1:]]
     return {"x": np.stack(images), "y": np.array([int(label) for _, label in rows[1:]], np.int64)}
 
 
@@ -115,7 +116,7 @@ def imagenet_calibration(root: str | Path, size: int = 224) -> NDArray[np.uint8]
 
     They have no class index: for calibration only. Raises as :func:`imagenet_val`.
     """
-    folder = _present(root, "imagenet_calibration", "images")
+    folder = present(root, "imagenet_calibration", "images")
     paths = sorted(folder.glob("*.jpg"))
     if not paths:
         raise FileNotFoundError(f"{folder} has no .jpg file; set BITSMITH_DATA to the folder with the images")
@@ -153,7 +154,7 @@ def speech_commands(root: str | Path) -> dict[str, NDArray[Any]]:
     The speaker is the one in the file's name, also of clips of the class _unknown_; a clip of silence has its own.
     Raises as :func:`cifar10`.
     """
-    path = _present(root, "speech_commands", "test_mfcc49x10.npz")
+    path = present(root, "speech_commands", "test_mfcc49x10.npz")
     arrays = read_npz(path)
     for name, shape, kinds in (("x", (49, 10), "f"), ("y", (), "iu"), ("classes", (), "U"), ("files", (), "U")):
         _check(path, arrays, name, shape, kinds)
@@ -180,7 +181,7 @@ def sst2(root: str | Path) -> dict[str, tuple[list[str], NDArray[np.int64]]]:
     """
     found = {}
     for split in ("train", "dev"):
-        path = _present(root, "sst2", f"{split}.tsv")
+        path = present(root, "sst2", f"{split}.tsv")
         lines = path.read_text(encoding="utf-8").split("\n")[1:]  # a text may hold other line ends of Unicode
         rows = [line.split("\t") for line in lines if line]
         for number, row in enumerate(rows, 2):
@@ -197,7 +198,7 @@ def cora(root: str | Path) -> dict[str, NDArray[Any]]:
 
     Raises as :func:`cifar10`.
     """
-    path = _present(root, "graphs", "cora.npz")
+    path = present(root, "graphs", "cora.npz")
     arrays = read_npz(path)
     _check(path, arrays, "x", (1433,), "iu")
     for name in ("y", "train", "val", "test"):
