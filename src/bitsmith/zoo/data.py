@@ -83,7 +83,7 @@ def normalise_cifar(images: NDArray[np.uint8]) -> NDArray[np.float32]:
 def mnist(root: str | Path) -> dict[str, NDArray[Any]]:
     """The MNIST digits under ``root``: ``x_train`` (n, 28, 28) and ``x_test`` as uint8, ``y_train`` (n,) and ``y_test``
     as int64 classes 0 to 9: 60,000 images to train, and 3000 of the 10,000 of the test. Raises as :func:`cifar10`."""
-    path = _present(root, "mnist", "mnist.npz")
+    path = present(root, "mnist", "mnist.npz")
     arrays = read_npz(path)
     for split in ("train", "test"):
         _check(path, arrays, f"x_{split}", (28, 28), "iu")
