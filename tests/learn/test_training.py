@@ -465,3 +465,28 @@ def test_a_plan_of_three_techniques_is_trained_at_once() -> None:
     scores = dict(history.validations)
     assert scores[history.best or 0] == max(scores.values())
     assert computer_of(trained).plan.groups == ()
+
+
+def test_every_kind_of_technique_in_one_plan_is_trained_at_once() -> None:
+    """Tiles, one bit, learned bits, paths and a mask side by side, with the residual addition in 8 bits."""
+    model, learn = small(steps=10), bs.Learn("step_range", backward="ewgs")
+    sites: dict[str, bs.Technique] = {
+        "stem": bs.Int(4, 4, learn=learn, weight_learn=learn),
+        "left": bs.Winograd(2),
+        "right": bs.Binary(),
+        ":add": bs.Int(8, 8),
+        "head": bs.Sparse(0.5),
+    }
+    net, history = bs.apply(model, bs.Plan(sites), batches(2)), bs.History()
+    trained = bs.finetune(
+        *(net, batches(20, seed=4), F.cross_entropy),
+        **{"steps": 60, "lr": 3e-3, "teacher": model, "history": history},
+    )
+    assert sum(history.losses[-10:]) < 0.7 * sum(history.losses[:10])
+    moved = {
+        name
+        for (name, before), after in zip(net.named_parameters(), trained.parameters(), strict=True)
+        if before.requires_grad and not torch.equal(before, after)
+    }
+    assert moved == {name for name, parameter in net.named_parameters() if parameter.requires_grad}
+    assert {type(technique) for technique in bs.plan_of(trained).sites.values()} == {type(t) for t in sites.values()}
