@@ -55,6 +55,14 @@ def layers(model: nn.Module, batches: Sequence[Tensor], w: int = 8, a: int = 8) 
     return bs.apply(model, plan, [(batch, None) for batch in batches]).train()
 
 
+def learned(model: nn.Module, batches: Sequence[Tensor], w: int = 8, a: int = 8) -> nn.Module:
+    """:func:`layers` with steps that are learned (LSQ), begun at the ranges of least squared error."""
+    sites, learn, least = bs.sites(model, batches[0]), bs.Learn("step"), bs.Range("mse")
+    technique = bs.Int(w, a, range=least, weight_range=least, learn=learn, weight_learn=learn)
+    plan = bs.Plan({name: technique for name, site in sites.items() if site.weight is not None and site.macs})
+    return bs.apply(model, plan, [(batch, None) for batch in batches]).train()
+
+
 def brevitas(model: nn.Module, batches: Sequence[Tensor], w: int = 8, a: int = 8) -> nn.Module:
     """``layerwise_quantize``: inputs per tensor with a learned scale, begun by calibration, weights per tensor.
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from benchmarks.harness import table
 from benchmarks.peers import quantized_share, quiet
-from benchmarks.qat_peers import TRAINERS, Trainer, layers
+from benchmarks.qat_peers import TRAINERS, Trainer, layers, learned
 from torch import Tensor, nn
 
 import bitsmith as bs
@@ -29,13 +29,16 @@ BITS = ((4, 4), (2, 4))
 """Weights, activations: of every convolution and linear layer, the first and the last too."""
 TRAINING, VALIDATION = 3000, 1000
 CALIBRATION, BATCH = 4, 64
-STEPS, FULL_STEPS = 150, 2000
-RATES = (1e-4, 3e-4, 1e-3)
+STEPS, FULL_STEPS = 60, 2000
+RATES = (3e-4, 1e-3)
 """Adam's: for every trainer and number of bits the one that is best on the validation images at the tuning seed."""
 TUNING_SEED = 100
+OF_GRIDS = 30
+"""Our learned steps are powers of two: their rate is so many times that of the weights."""
 
 OURS: Mapping[str, Trainer] = {
-    "bitsmith": Trainer("bitsmith", "bitsmith", "Int at convolutions and linear layers, ranges stay", layers)
+    "bitsmith": Trainer("bitsmith", "bitsmith", "Int at convolutions and linear layers, learned steps", learned),
+    "bitsmith, ranges stay": Trainer("bitsmith", "bitsmith", "Int at convolutions and linear layers", layers),
 }
 """What is held against the peers: ``build(model, batches, w, a)`` gives a module in training mode."""
 TRAINED: Mapping[str, Trainer] = {**OURS, **{name: TRAINERS[name] for name in ("brevitas", "torchao")}}
@@ -88,7 +91,10 @@ def accuracy(net: nn.Module, x: Tensor, y: Tensor) -> float:
 
 def train(net: nn.Module, x: Tensor, y: Tensor, rate: float, steps: int, draw: torch.Generator) -> float:
     """Adam, half a cosine, images flipped by a coin, normalisations in training mode; the loss of the last tenth."""
-    optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], rate)
+    grids = [p for name, p in net.named_parameters() if ".grid.log_" in name]
+    known = {id(p) for p in grids}
+    rest = [p for p in net.parameters() if p.requires_grad and id(p) not in known]
+    optimizer = torch.optim.Adam([{"params": rest}, {"params": grids, "lr": OF_GRIDS * rate}], rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     losses = []
     for _ in range(steps):
