@@ -12,8 +12,12 @@ from bitsmith.cli.look import example_sites, support
 from bitsmith.model.onnx_graph.table import FAMILIES, OPSETS
 from bitsmith.targets import OnnxRuntime, OpenVino, Target
 from bitsmith.technique import Technique
+from bitsmith.techniques.binary import Binary
+from bitsmith.techniques.degree_quant import DegreeQuant
 from bitsmith.techniques.float_ import Float
 from bitsmith.techniques.int_ import Int
+from bitsmith.techniques.sparse import Sparse
+from bitsmith.techniques.sparse_paths import SparsePaths
 from bitsmith.techniques.winograd import Winograd
 
 README = Path(__file__).parents[1] / "README.md"
@@ -28,6 +32,10 @@ TECHNIQUES: tuple[Technique, ...] = (
     Int(4, 8),
     Int(4, None, granularity="group", group=32),
     Winograd(),
+    Binary(),
+    SparsePaths(1024),
+    Sparse(0.25),
+    DegreeQuant(),
 )
 
 
