@@ -11,7 +11,7 @@ _PREFIX = "libbitsmith_openvino_"
 
 def versions() -> dict[str, Path]:
     """The versions of OpenVINO that an extension was built for, and its file."""
-    found = {}
+    found: dict[str, Path] = {}
     for folder in folders():
         for path in sorted(folder.glob(f"{_PREFIX}*.so")):
             found.setdefault(path.stem.removeprefix(_PREFIX).replace("_", "."), path)
