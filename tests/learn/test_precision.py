@@ -65,6 +65,12 @@ def test_sites_that_are_not_planned_count_as_float() -> None:
     assert float(bs.learned_sizes(net).weights.detach()) == pytest.approx(4 * floats + 8 * 8 * 9 / 2 + 8 * 35 / 8)
 
 
+def test_a_site_left_in_float_counts_as_not_planned() -> None:
+    plan = bs.Plan({"left": bs.Int(4, 4), "right": bs.Int(4, 4)})
+    with_sum = bs.apply(small(), plan.replace(sites={**plan.sites, ":add": bs.Float()}), batches(2))
+    assert repr(bs.learned_sizes(with_sum)) == repr(bs.learned_sizes(bs.apply(small(), plan, batches(2))))
+
+
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
 def test_limits_are_kept_and_the_network_still_works(granularity: Any) -> None:
     net, data = applied(5, 5, granularity), batches(20, seed=3)

@@ -12,6 +12,7 @@ from ..data import device_of
 from ..model.apply import computer_of
 from ..numerics.quantizer import Quantizer
 from ..technique import Cell
+from ..techniques.float_ import Float
 
 Count = Literal["sum", "max"]
 """Of activations: what all tensors take together, or the greatest of them."""
@@ -38,7 +39,7 @@ def learned_sizes(net: nn.Module, count: Count = "sum") -> Sizes:
 
     Weights: those of every site that has one, once; float32 where the plan does not name it; what a technique says its
     scales and widths take is counted. Activations: every tensor that a planned site reads, once, of one sample; float32
-    where nothing quantizes it. ``count``: their ``sum``, or the ``max``, whose gradient goes to the greatest.
+    where nothing quantizes it. A site that the plan leaves in ``Float`` counts as not planned. ``count``: their ``sum``, or the ``max``, whose gradient goes to the greatest.
     """
     computer, device = computer_of(net), device_of(net)
     weights, seen = torch.zeros((), device=device), set()
@@ -53,7 +54,9 @@ def learned_sizes(net: nn.Module, count: Count = "sum") -> Sizes:
             bits = torch.tensor(technique.bits(site) if technique is not None else 8.0 * site.parameter_bytes)
         weights = weights + bits.to(weights) / 8
     tensors: dict[str, Tensor] = {}
-    for name in computer.plan.sites:
+    for name, technique in computer.plan.sites.items():
+        if isinstance(technique, Float):
+            continue
         cell, site = computer.cells[name], computer.record_sites[name]
         if not isinstance(cell, Cell):
             continue
