@@ -39,7 +39,8 @@ def learned_sizes(net: nn.Module, count: Count = "sum") -> Sizes:
 
     Weights: those of every site that has one, once; float32 where the plan does not name it; what a technique says its
     scales and widths take is counted. Activations: every tensor that a planned site reads, once, of one sample; float32
-    where nothing quantizes it. A site that the plan leaves in ``Float`` counts as not planned. ``count``: their ``sum``, or the ``max``, whose gradient goes to the greatest.
+    where nothing quantizes it. A site that the plan leaves in ``Float`` counts as not planned. ``count``: their
+    ``sum``, or the ``max``, whose gradient goes to the greatest.
     """
     computer, device = computer_of(net), device_of(net)
     weights, seen = torch.zeros((), device=device), set()
