@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,17 @@ from bitsmith.learn.loader import Stream
 from training_jobs import shared
 
 JOBS = Path(__file__).parents[1] / "training_jobs.py"
+# the order of a sum depends on the number of threads, and rounding makes steps of last bits; torchrun takes one too
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """This process computes with as many threads as those that it starts."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def together(job: str, folder: Path, *options: str) -> list[subprocess.Popen[str]]:
@@ -27,7 +39,13 @@ def together(job: str, folder: Path, *options: str) -> list[subprocess.Popen[str
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    common = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    common = {
+        **os.environ,
+        **ONE_THREAD,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+    }
     return [
         subprocess.Popen(
             [sys.executable, str(JOBS), job, str(folder), *options],
@@ -62,7 +80,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The job ``shared``, started by ``torchrun`` itself."""
     folder = tmp_path_factory.mktemp("two")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {**os.environ, **ONE_THREAD, "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run(
         [*command, str(JOBS), "shared", str(folder)], env=environment, capture_output=True, text=True, timeout=300
     )
