@@ -87,10 +87,9 @@ class Grid(nn.Module):
 
     ``fixed``: nothing is trained, only the gradient of the rounding is chosen. ``step``: the limits are ``low_level``
     and ``high_level`` steps; the gradient by the step is multiplied by ``1 / sqrt(elements * high_level)`` (LSQ,
-    section 2.2). ``step_range``: bits are inferred, see :meth:`bits`, :meth:`clip_gradient` and :meth:`hold_bits`.
-    The step is kept between
-    1/255 of the whole range (1/254 if that reaches below 0), so that integers of 8 bits hold the levels, and its larger
-    half: one level.
+    section 2.2). ``step_range``: bits are inferred, see :meth:`bits`, :meth:`clip_gradient` and :meth:`hold_bits`. The
+    step is kept between 1/255 of the whole range (1/254 if that reaches below 0), so that integers of 8 bits hold the
+    levels, and its larger half: one level.
     """
 
     log_step: Tensor

@@ -20,7 +20,7 @@ def slope(residual: Tensor, gradient: Tensor, backward: Backward, strength: floa
 
     * ``ste``: 1 (Bengio et al. 2013, arXiv:1308.3432);
     * ``psgd``: 1 + delta abs(r) (after the position-based scaled gradient of Kim et al. 2020, arXiv:2005.11035);
-    * ``ewgs``: 1 + delta s r (Lee 2021, arXiv:2104.00903);
+    * ``ewgs``: 1 + delta s r (Lee et al. 2021, arXiv:2104.00903);
     * ``tanh``: 1 + delta s tanh(4 r) / 2, and ``inverse_tanh``: 1 + delta s artanh(1.9 r) / (2 artanh(0.95)) (Schaefer
       et al. 2022, arXiv:2206.07741);
     * ``noise``: 1 + delta s u, u uniform in [-1/2, 1/2] from torch's global generator: ours, ``ewgs`` by what is not
