@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +44,22 @@ def batches(count: int, size: int = 16, seed: int = 1) -> list[Batch]:
             x[i, label % 3, 6 * (label // 2) :, 6 * (label % 2) :] += 1.5
         found.append((x, y))
     return found
+
+
+class Pool:
+    """Batches that a list holds, sample by sample: what studies draw from."""
+
+    batch = 16
+
+    def __init__(self, parts: list[Batch]) -> None:
+        self.x, self.y = (torch.cat(values) for values in zip(*parts, strict=True))
+        self.samples = self.total = len(self.y)
+
+    def take(self, indices: Sequence[int]) -> Batch:
+        return self.x[list(indices)], self.y[list(indices)]
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(zip(self.x.split(self.batch), self.y.split(self.batch), strict=True))
 
 
 def small(width: int = 8, seed: int = 0, steps: int = 60) -> Small:

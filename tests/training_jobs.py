@@ -23,7 +23,26 @@ import bitsmith as bs
 from bitsmith.learn.state import tensors_of
 from smallnet import batches, small, task
 
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+"""Of processes that are compared: sums have another order with more, and rounding makes steps of last bits."""
+
 PLAN = bs.Plan({"left": bs.Int(4, 4), "right": bs.Int(8, 8), "head": bs.Float()})
+
+
+class Notes:
+    """A progress that keeps what is said, and nothing else."""
+
+    def __init__(self, notes: list[str]) -> None:
+        self.notes = notes
+
+    def start(self, task: str, total: int | None = None) -> None:
+        return None
+
+    def advance(self, steps: int = 1) -> None:
+        return None
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
 
 class Dropping(nn.Module):

@@ -10,24 +10,19 @@ from typing import Any
 
 import numpy as np
 from benchmarks.harness import table
-from torch import nn
 
 from bitsmith.cli.progress import TerminalProgress
 from bitsmith.progress import Progress
-from bitsmith.task import Task
-from bitsmith.zoo.cifar_resnet import resnet20
 from bitsmith.zoo.data import data_root
-from bitsmith.zoo.tasks import cifar_task
-from bitsmith.zoo.weights import load_npz
 
 from .._command import Study, spread
+from .._resnet20 import VALIDATION, network, task_of
 from . import searched
 from .cells import Bed, Cell
 
 SHARES = {"tune": 0.4, "front": 0.55, "searched": 0.1, "ablations": 0.35}
 """Of the time, by part."""
 DEFAULT = ("front", "searched", "ablations")
-TRAINING, VALIDATION = 3000, 1000
 STEPS, FULL_STEPS = 90, 3000
 PHASES = (0.3, 0.3, 0.4)
 """Of the steps: with bits held, learned, held again."""
@@ -218,14 +213,6 @@ def tune(study: Study, bed: Bed, progress: Progress) -> None:
         found = run(study, bed, [Cell(3, TUNING_SEED, (steps,), rate=rate)], "validation", progress)
         lines.append([f"{rate:g}", "same bits everywhere", spread(accuracy(found))])
     table(f"top-1 on {VALIDATION} held-out training images", ["rate", "of the grids", "top-1 %"], lines)
-
-
-def task_of(root: Path) -> Task:
-    return cifar_task(root, calibration=TRAINING, validation=VALIDATION, batch=100, tell=lambda line: None)
-
-
-def network(root: Path) -> nn.Module:
-    return load_npz(resnet20(), root / "cifar10_models" / "resnet20.npz").eval()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -18,16 +18,13 @@ from torch import Tensor, nn
 import bitsmith as bs
 from bitsmith._hash import hash_files
 from bitsmith.data import items
-from bitsmith.zoo.cifar_resnet import resnet20
 from bitsmith.zoo.data import data_root
-from bitsmith.zoo.tasks import cifar_task
-from bitsmith.zoo.weights import load_npz
 
 from .._command import Study, spread
+from .._resnet20 import network, task_of
 
 BITS = ((4, 4), (2, 4))
 """Weights, activations: of every convolution and linear layer, the first and the last too."""
-TRAINING, VALIDATION = 3000, 1000
 CALIBRATION, BATCH = 4, 64
 STEPS, FULL_STEPS = 60, 2000
 RATES = (3e-4, 1e-3)
@@ -160,10 +157,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     root = data_root()
     if root is None:
         raise SystemExit("the data folder is missing: set BITSMITH_DATA")
-    task = cifar_task(root, calibration=TRAINING, validation=VALIDATION, batch=100, tell=lambda line: None)
-    model = load_npz(resnet20(), root / "cifar10_models" / "resnet20.npz").eval()
     study.part(1.0)
-    run(study, Bed(model, task))
+    run(study, Bed(network(root), task_of(root)))
     study.finish()
 
 

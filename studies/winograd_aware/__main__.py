@@ -4,24 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from benchmarks.harness import table
-from torch import nn
 
 import bitsmith as bs
 from bitsmith.cli.progress import TerminalProgress
 from bitsmith.progress import Progress
-from bitsmith.task import Task
-from bitsmith.zoo.cifar_resnet import resnet20
 from bitsmith.zoo.data import data_root
-from bitsmith.zoo.tasks import cifar_task
-from bitsmith.zoo.weights import load_npz
 
 from .._command import Study, spread
 from .._guided import Size, Subject
+from .._resnet20 import TRAINING, VALIDATION, network, task_of
 from . import tables, winas
 from .grid import (
     AFTER,
@@ -45,8 +40,6 @@ from .grid import array as right_of
 SHARES = {"tune": 0.5, "grid": 0.65, "floats": 0.4, "images": 0.5, "winas": 0.35, "modelled": 0.35}
 """Of the time, by part."""
 DEFAULT = ("grid", "winas")
-TRAINING, VALIDATION = 3000, 1000
-"""Lossless images that train and calibrate, and those that only settings are chosen on."""
 
 SIZE = Size(256, 64)
 """Calibration samples that a seed draws."""
@@ -242,14 +235,6 @@ def choices(study: Study, bed: Bed, progress: Progress, modelled: bool = False) 
             cells.append(Cell(form, TRAINED, seed, settings_of(form, TRAINED, options.steps)))
     compare = winas.compare_models if modelled else winas.compare
     compare(study, bed, forms, run(study, bed, cells, "test", progress, f"winas, {what}"))
-
-
-def task_of(root: Path) -> Task:
-    return cifar_task(root, calibration=TRAINING, validation=VALIDATION, batch=100, tell=lambda line: None)
-
-
-def network(root: Path) -> nn.Module:
-    return load_npz(resnet20(), root / "cifar10_models" / "resnet20.npz").eval()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,20 +17,11 @@ from torch import Tensor
 import bitsmith as bs
 from bitsmith.learn.distributed import Processes
 from bitsmith.learn.loader import Stream
-from training_jobs import shared
+from training_jobs import ONE_THREAD, shared
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 JOBS = Path(__file__).parents[1] / "training_jobs.py"
-# the order of a sum depends on the number of threads, and rounding makes steps of last bits; torchrun takes one too
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """This process computes with as many threads as those that it starts."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def together(job: str, folder: Path, *options: str) -> list[subprocess.Popen[str]]:

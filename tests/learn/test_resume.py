@@ -24,10 +24,12 @@ import bitsmith as bs
 from bitsmith.learn.checkpoint import Checkpoint
 from bitsmith.learn.state import tensors_of
 from smallnet import batches, small
-from training_jobs import resumable
+from training_jobs import ONE_THREAD, Notes, resumable
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 JOBS = Path(__file__).parents[1] / "training_jobs.py"
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+ENVIRONMENT = {**os.environ, **ONE_THREAD, "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
 @pytest.fixture(scope="module")
@@ -53,20 +55,6 @@ def test_a_killed_training_ends_with_the_same_bits(
         assert torch.equal(value, tensors_of(again)[name]), name
     assert list(history) == list(steps)
     assert (history.best, history.stopped) == (steps.best, False)
-
-
-class Notes:
-    def __init__(self, notes: list[str]) -> None:
-        self.notes = notes
-
-    def start(self, task: str, total: int | None = None) -> None:
-        return None
-
-    def advance(self, steps: int = 1) -> None:
-        return None
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 def test_a_training_that_is_done_comes_back_from_its_file(whole: tuple[nn.Module, bs.History, Path]) -> None:

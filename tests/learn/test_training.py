@@ -21,6 +21,7 @@ from bitsmith.learn.state import copied, put, tensors_of, with_values
 from bitsmith.learn.validation import Validation
 from bitsmith.model.apply import computer_of
 from smallnet import Batch, batches, small, task
+from training_jobs import Notes
 
 
 def sgd(lr: float = 0.05) -> Any:
@@ -138,23 +139,9 @@ def test_parameters_that_no_gradient_reaches_are_told_of() -> None:
 
     notes: list[str] = []
     model, data = Idle(), [(torch.ones(4, 3), torch.zeros(4, dtype=torch.long))]
-    trained = bs.finetune(model, data, F.cross_entropy, steps=2, lr=0.1, progress=Told(notes))
+    trained = bs.finetune(model, data, F.cross_entropy, steps=2, lr=0.1, progress=Notes(notes))
     assert notes == ["no gradient reaches 2 of 4 parameters, which stay as they are: idle.weight, idle.bias"]
     assert torch.equal(trained.idle.weight, model.idle.weight)
-
-
-class Told:
-    def __init__(self, notes: list[str]) -> None:
-        self.notes = notes
-
-    def start(self, task: str, total: int | None = None) -> None:
-        return None
-
-    def advance(self, steps: int = 1) -> None:
-        return None
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 # -- accumulation, clipping, precision ---------------------------------------------------------------------------------

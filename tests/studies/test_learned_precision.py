@@ -17,24 +17,8 @@ cells, searched = load("studies.learned_precision.cells"), load("studies.learned
 study = load("studies.learned_precision.__main__")
 
 
-class Pool:
-    """Batches that a list holds, sample by sample: what training draws from."""
-
-    batch = 16
-
-    def __init__(self, parts):
-        self.x, self.y = (torch.cat(values) for values in zip(*parts, strict=True))
-        self.samples = self.total = len(self.y)
-
-    def take(self, indices):
-        return self.x[list(indices)], self.y[list(indices)]
-
-    def __iter__(self):
-        return iter(zip(self.x.split(self.batch), self.y.split(self.batch), strict=True))
-
-
 def task():
-    parts = [Pool(smallnet.batches(count, seed=seed)) for count, seed in ((8, 5), (2, 6), (4, 7))]
+    parts = [smallnet.Pool(smallnet.batches(count, seed=seed)) for count, seed in ((8, 5), (2, 6), (4, 7))]
     return bs.Task(*parts, metric=bs.metrics.top1, loss=torch.nn.functional.cross_entropy)
 
 

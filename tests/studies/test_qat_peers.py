@@ -27,8 +27,8 @@ def given(monkeypatch, tmp_path):
         monkeypatch.setattr(module, "RESULTS", tmp_path)
     monkeypatch.setattr(study, "TRAINED", study.OURS)
     monkeypatch.setattr(study, "data_root", lambda: tmp_path)
-    monkeypatch.setattr(study, "load_npz", lambda model, path: smallnet.small())
-    monkeypatch.setattr(study, "cifar_task", lambda *_, **__: task())
+    monkeypatch.setattr(study, "network", lambda root: smallnet.small())
+    monkeypatch.setattr(study, "task_of", lambda root: task())
     return tmp_path
 
 

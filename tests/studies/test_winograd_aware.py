@@ -22,24 +22,8 @@ study, grid = load("studies.winograd_aware.__main__"), load("studies.winograd_aw
 tables, images = load("studies.winograd_aware.tables"), load("studies._images")
 
 
-class Pool:
-    """Batches that a list holds, sample by sample: what training draws from."""
-
-    batch = 16
-
-    def __init__(self, parts):
-        self.x, self.y = (torch.cat(values) for values in zip(*parts, strict=True))
-        self.samples = len(self.y)
-
-    def take(self, indices):
-        return self.x[list(indices)], self.y[list(indices)]
-
-    def __iter__(self):
-        return iter(zip(self.x.split(self.batch), self.y.split(self.batch), strict=True))
-
-
 def task():
-    parts = [Pool(smallnet.batches(count, seed=seed)) for count, seed in ((4, 5), (2, 6), (4, 7))]
+    parts = [smallnet.Pool(smallnet.batches(count, seed=seed)) for count, seed in ((4, 5), (2, 6), (4, 7))]
     return bs.Task(*parts, metric=bs.metrics.top1, loss=torch.nn.functional.cross_entropy)
 
 
