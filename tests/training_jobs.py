@@ -123,6 +123,30 @@ def shared(folder: Path, world: int, **changes: Any) -> tuple[nn.Module, bs.Hist
     return trained, history
 
 
+LEARNED = bs.Int(5, 5, learn=bs.Learn("step_range"), weight_learn=bs.Learn("step_range"))
+
+
+def learned(folder: Path, world: int = 1, kill_at: int = -1, **changes: Any) -> bs.LearnedPrecision:
+    """Bits that are learned while the network trains."""
+    model = small(steps=20)
+    net = bs.apply(model, bs.Plan(dict.fromkeys(("stem", "left", "right", "head"), LEARNED)), batches(2, seed=2))
+    return bs.learn_precision(
+        *(net, Augmented(kill_at) if world == 1 and "accumulate" not in changes else batches(5, seed=6)),
+        **{
+            "loss": F.cross_entropy,
+            "steps": (4, 6, 4),
+            "total": 0.7 * float(bs.learned_sizes(net).total.detach()),
+            "lr": 1e-3,
+            "grid_lr": 0.05,
+            "freeze_norms": False,
+            "checkpoint": folder / "learned.safetensors",
+            "every": 3,
+            "seed": 3,
+            **changes,
+        },
+    )
+
+
 def write(net: nn.Module, path: Path) -> None:
     save_file({name: tensor.clone().contiguous() for name, tensor in tensors_of(net).items()}, path)
 
@@ -140,11 +164,18 @@ def main() -> None:
         net, _ = resumable(folder, int(options["at"]))
         write(net, folder / "killed.safetensors")
         return
+    if job == "kill learned":
+        changes = {"grid_lr": 0.2, "strength": 1e4} if options["method"] == "penalty" else {"moves": 2}
+        learned(folder, 1, int(options["at"]), method=options["method"], **changes)
+        return
     rank, world = join(folder, float(options.get("timeout", 60)))
     if job == "shared":
         net, history = shared(folder, world, checkpoint=folder / "shared.safetensors", every=3)
         write(net, folder / f"rank{rank}.safetensors")
         (folder / f"rank{rank}.txt").write_text(" ".join(map(repr, history.losses)))
+    elif job == "learned":
+        found = learned(folder, world, moves=2, freeze_norms=True)
+        write(found.net, folder / f"learned{rank}.safetensors")
     elif job == "own":
         own_loop(folder, rank)
     elif job == "unlike":

@@ -29,13 +29,14 @@ from .learn.choice import LearnedPlan as LearnedPlan
 from .learn.choice import LearnedStep as LearnedStep
 from .learn.choice import differentiable_search as differentiable_search
 from .learn.finetune import finetune as finetune
+from .learn.guide import Guide as Guide
 from .learn.history import History as History
 from .learn.history import TrainingStep as TrainingStep
+from .learn.limits import PrecisionStep as PrecisionStep
+from .learn.limits import SizeError as SizeError
 from .learn.loop import TrainingError as TrainingError
 from .learn.metaplastic import Metaplastic as Metaplastic
 from .learn.precision import LearnedPrecision as LearnedPrecision
-from .learn.precision import PrecisionStep as PrecisionStep
-from .learn.precision import SizeError as SizeError
 from .learn.precision import learn_precision as learn_precision
 from .learn.size import Sizes as Sizes
 from .learn.size import learned_sizes as learned_sizes
@@ -129,6 +130,7 @@ __all__ = [
     "Float",
     "Format",
     "Gptq",
+    "Guide",
     "History",
     "InitialisePaths",
     "Int",

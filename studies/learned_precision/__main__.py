@@ -24,34 +24,38 @@ SHARES = {"tune": 0.4, "front": 0.55, "searched": 0.1, "ablations": 0.35}
 """Of the time, by part."""
 DEFAULT = ("front", "searched", "ablations")
 STEPS, FULL_STEPS = 90, 3000
-PHASES = (0.3, 0.3, 0.4)
-"""Of the steps: with bits held, learned, held again."""
+PHASES = {"allocation": (1 / 9, 0.0), "penalty": (0.3, 0.3)}
+"""Of the steps: before bits are learned, while they are. Then they are held."""
 SECONDS = 0.45
 """Of one training step on one core of a Zen 5, for the estimate."""
 UNIFORM = (2, 3, 4, 8)
 SEARCHED = (2, 3, 4)
 LEARNED = ((2, 1.0), (3, 1.0), (4, 1.0), (6, 1.0))
 """Bits, and the share of what they take everywhere."""
+PUBLISHED: Mapping[str, Any] = {"method": "penalty", "weights": "ewgs", "activations": "inverse_tanh"}
 # what moves the grids more rarely moves them further at once
 ABLATED: tuple[Mapping[str, Any], ...] = (
     {},
+    {"weights": "ewgs", "activations": "inverse_tanh"},
     {"grain": "per tensor"},
-    {"weights": "ste", "activations": "ste"},
-    {"grain": "per tensor", "weights": "ste", "activations": "ste"},
-    {"every": 5, "grid_rate": 0.15},
-    {"every": 20, "grid_rate": 0.6},
-    {"above": 1, "grid_rate": 0.1},
+    {"moves": 3},
+    PUBLISHED,
+    {**PUBLISHED, "grain": "per tensor"},
+    {"method": "penalty"},
+    {**PUBLISHED, "rhythm": 5, "grid_rate": 0.15},
+    {**PUBLISHED, "rhythm": 20, "grid_rate": 0.6},
 )
 ABLATED_AT = (3, 1.0)
 TUNING_SEED = 100
 
 
-def phases(steps: int) -> tuple[int, int, int]:
+def phases(steps: int, method: str = "allocation", moves: int = 1) -> tuple[int, int, int]:
     """
-    >>> phases(90)
-    (27, 27, 36)
+    >>> phases(90), phases(90, "penalty"), phases(90, moves=3)
+    ((10, 0, 80), (27, 27, 36), (10, 30, 50))
     """
-    first, second = (round(steps * share) for share in PHASES[:2])
+    before, while_ = PHASES[method]
+    first, second = round(steps * before), round(steps * (while_ if moves == 1 else 1 / 3))
     return first, second, steps - first - second
 
 
@@ -196,8 +200,11 @@ def plans(study: Study, bed: Bed, progress: Progress) -> None:
 def ablations(study: Study, bed: Bed, progress: Progress) -> None:
     """What slices, gradients and the rhythm of the grids contribute at one size."""
     options, (bits, share) = study.options, ABLATED_AT
-    steps = phases(options.steps)
-    cells = [Cell(bits, seed, steps, share, **change) for seed in range(options.seeds) for change in ABLATED]
+    cells = []
+    for seed in range(options.seeds):
+        for change in ABLATED:
+            steps = phases(options.steps, change.get("method", "allocation"), change.get("moves", 1))
+            cells.append(Cell(bits, seed, steps, share, **change))
     groups = grouped(run(study, bed, cells, "test", progress))
     told(groups, f"ablations (reduced), {options.steps} steps: the size of {bits} bits everywhere")
 

@@ -37,8 +37,8 @@ class Cell:
     """One network of the study.
 
     ``bits``: everywhere but at the :data:`ENDS`. With ``share`` bits are learned until weights and activations of one
-    sample together take ``share`` of what ``bits`` everywhere take; they start from ``above`` bits more. ``steps``: of
-    the training, or of its three phases. ``weights``, ``activations``: the derivative of rounding.
+    sample together take ``share`` of what ``bits`` everywhere take, by ``method`` with ``moves`` or ``rhythm``.
+    ``steps``: of the training, or of its three phases. ``weights``, ``activations``: the derivative of rounding.
     """
 
     bits: int
@@ -46,10 +46,11 @@ class Cell:
     steps: tuple[int, ...]
     share: float | None = None
     grain: Literal["sliced", "per tensor"] = "sliced"
-    weights: Backward = "ewgs"
-    activations: Backward = "inverse_tanh"
-    every: int = 1
-    above: int = 0
+    weights: Backward = "ste"
+    activations: Backward = "ste"
+    method: Literal["allocation", "penalty"] = "allocation"
+    moves: int = 1
+    rhythm: int = 1
     rate: float = 1e-3
     grid_rate: float = 3e-2
 
@@ -57,16 +58,18 @@ class Cell:
     def name(self) -> str:
         if self.share is None:
             return f"{self.bits} bits everywhere"
+        how = f"moved {self.moves} times" if self.method == "allocation" else f"grids every {self.rhythm}"
         return (
-            f"learned, {self.share:.0%} of {self.bits} bits, {self.grain}, {self.weights} and {self.activations}, "
-            f"grids every {self.every}{f', from {self.bits + self.above} bits' if self.above else ''}"
+            f"{self.method}, {self.share:.0%} of {self.bits} bits, {self.grain}, {self.weights} and "
+            f"{self.activations}, {how}"
         )
 
 
 def files() -> list[Path]:
     """What a cell's record depends on."""
     root = Path(bs.__file__).parent
-    parts = ("learn/precision.py", "learn/size.py", "learn/finetune.py", "techniques/int_.py")
+    learn = ("precision", "size", "limits", "allocation", "penalty", "finetune", "trainer", "parameters")
+    parts = (*(f"learn/{name}.py" for name in learn), "techniques/int_.py")
     more = ("numerics/grid.py", "numerics/rounding.py", "numerics/quantizer.py", "numerics/weights.py")
     here = Path(__file__)
     return [*(root / part for part in (*parts, *more)), here, here.parent.parent / "_images.py"]
@@ -114,8 +117,7 @@ class Bed:
 
     def uniform(self, cell: Cell) -> nn.Module:
         """The same bits everywhere, their steps learned (LSQ), before training."""
-        alike = dataclasses.replace(cell, weights="ste", activations="ste", grain="sliced")
-        return bs.apply(self.model, self.plan(cell.bits, alike, "step"), self.drawn(cell.seed))
+        return bs.apply(self.model, self.plan(cell.bits, cell, "step"), self.drawn(cell.seed))
 
     def bytes_of(self, bits: int, seed: int) -> float:
         """Of weights and activations with the same bits everywhere."""
@@ -149,9 +151,7 @@ class Bed:
 
     def learned(self, cell: Cell, images: Any, common: dict[str, Any]) -> tuple[bs.LearnedPrecision, float]:
         """With the first of some rates of the grids, each twice the one before, that keeps the limit; and that rate."""
-        start = bs.apply(
-            self.model, self.plan(min(8, cell.bits + cell.above), cell, "step_range"), self.drawn(cell.seed)
-        )
+        start = bs.apply(self.model, self.plan(cell.bits, cell, "step_range"), self.drawn(cell.seed))
         rates = [cell.grid_rate * 2**k for k in range(4)]
         assert cell.share is not None
         for rate in rates:
@@ -161,7 +161,9 @@ class Bed:
                     images,
                     steps=cell.steps,  # type: ignore[arg-type]
                     total=cell.share * self.bytes_of(cell.bits, cell.seed),
-                    every=cell.every,
+                    method=cell.method,
+                    moves=cell.moves,
+                    rhythm=cell.rhythm,
                     grid_lr=rate,
                     validation=self.validation(),
                     seed=cell.seed,

@@ -17,7 +17,8 @@ from torch import Tensor
 import bitsmith as bs
 from bitsmith.learn.distributed import Processes
 from bitsmith.learn.loader import Stream
-from training_jobs import ONE_THREAD, shared
+from bitsmith.learn.state import tensors_of
+from training_jobs import ONE_THREAD, learned, shared
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -76,6 +77,20 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert run.returncode == 0, run.stderr
     return folder
+
+
+def test_two_processes_learn_the_bits_that_one_learns(tmp_path: Path) -> None:
+    for code, text in ended(together("learned", tmp_path)):
+        assert code == 0, text
+    first, second = (load_file(tmp_path / f"learned{rank}.safetensors") for rank in range(2))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    (tmp_path / "alone").mkdir()
+    alone = learned(tmp_path / "alone", moves=2, accumulate=2, freeze_norms=True)
+    for name, value in tensors_of(alone.net).items():
+        if name.endswith("_level"):
+            assert torch.equal(first[name], value), name
+    sites = [technique for technique in alone.plan.sites.values() if isinstance(technique, bs.Int)]
+    assert len({technique.w for technique in sites}) > 1
 
 
 def test_two_processes_give_what_one_gives_with_two_batches_a_step(two: Path) -> None:

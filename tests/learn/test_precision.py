@@ -71,44 +71,74 @@ def test_a_site_left_in_float_counts_as_not_planned() -> None:
     assert repr(bs.learned_sizes(with_sum)) == repr(bs.learned_sizes(bs.apply(small(), plan, batches(2))))
 
 
+METHODS = ("allocation", "penalty")
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
-def test_limits_are_kept_and_the_network_still_works(granularity: Any) -> None:
+def test_limits_are_kept_and_the_network_still_works(granularity: Any, method: Any) -> None:
     net, data = applied(5, 5, granularity), batches(20, seed=3)
     before = bs.learned_sizes(net)
     limits = {"weights": 0.8 * float(before.weights.detach()), "activations": 0.6 * float(before.activations.detach())}
-    found = bs.learn_precision(
-        net, data, F.cross_entropy, steps=(5, 80, 10), lr=2e-3, grid_lr=3e-2, validation=batches(2, seed=4), **limits
-    )
+    common: dict[str, Any] = {"lr": 2e-3, "grid_lr": 3e-2, "validation": batches(2, seed=4), "method": method, **limits}
+    found = bs.learn_precision(net, data, F.cross_entropy, steps=(5, 80, 10), **common)
     assert found.weights <= limits["weights"]
     assert found.activations <= limits["activations"]
     assert len(found.history) == 80
+    assert (found.kept is None) == (method == "allocation")
     sizes = bs.learned_sizes(found.net)
     assert (found.weights, found.activations) == (float(sizes.weights.detach()), float(sizes.activations.detach()))
-    assert {t.a for t in found.plan.sites.values() if isinstance(t, bs.Int)} <= {2, 3, 4, 5}
+    assert {t.a for t in found.plan.sites.values() if isinstance(t, bs.Int)} <= set(range(2, 9))
     with torch.no_grad():
         right = torch.cat([found.net(x).argmax(1) == y for x, y in batches(10, seed=5)])
     assert float(right.float().mean()) > 0.9
-    again = bs.learn_precision(
-        net, data, F.cross_entropy, steps=(5, 80, 10), lr=2e-3, grid_lr=3e-2, validation=batches(2, seed=4), **limits
-    )
+    again = bs.learn_precision(net, data, F.cross_entropy, steps=(5, 80, 10), **common)
     assert all(torch.equal(a, b) for a, b in zip(found.net.parameters(), again.net.parameters(), strict=True))
 
 
-def test_a_limit_on_both_together_and_a_teacher_without_a_loss() -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_a_limit_on_both_together_and_a_teacher_without_a_loss(method: Any) -> None:
     net = applied(5, 5)
     limit = 0.7 * float(bs.learned_sizes(net).total.detach())
+    data = batches(10, seed=3)
     found = bs.learn_precision(
-        net, batches(10, seed=3), steps=(0, 60, 0), total=limit, teacher=small(), lr=2e-3, grid_lr=0.1, every=2
+        *(net, data),
+        **{"steps": (1, 60, 0), "total": limit, "teacher": small(), "lr": 2e-3, "grid_lr": 0.1, "method": method},
+        rhythm=2,
     )
     assert found.weights + found.activations <= limit
     assert found.net.training == net.training
+    assert found.history[-1].weights + found.history[-1].activations <= limit * (1 if method == "allocation" else 2)
 
 
-def test_the_grids_move_in_the_mixed_phase_only_and_by_every_nth_step() -> None:
+def test_the_greatest_activation_can_be_limited_alone() -> None:
+    net = applied(5, 5)
+    greatest = float(bs.learned_sizes(net, "max").activations.detach())
+    found = bs.learn_precision(
+        *(net, batches(5, seed=3), F.cross_entropy), steps=(3, 0, 2), activations=0.6 * greatest, count="max"
+    )
+    # a half is kept by 3 of 5 bits; what is small may have all 8
+    assert found.activations == pytest.approx(0.6 * greatest)
+    assert max(grid.bits().max().item() for grid in found.net.modules() if isinstance(grid, Grid)) == 8
+
+
+def test_all_bits_are_given_out_and_move_where_the_method_says() -> None:
     net = applied(5, 5)
     limit = 0.95 * float(bs.learned_sizes(net).total.detach())
     found = bs.learn_precision(
-        net, batches(10, seed=3), F.cross_entropy, steps=(3, 9, 3), total=limit, every=3, grid_lr=0.6, judged=9
+        *(net, batches(10, seed=3), F.cross_entropy), steps=(3, 9, 3), total=limit, moves=3, grid_lr=1e-2
+    )
+    totals = [step.weights + step.activations for step in found.history]
+    assert len(set(totals[:2])) == 1  # moved after steps 3, 6 and 9
+    assert max(totals) <= limit < min(totals) + 8 * 12 * 12 / 8  # one bit more of the greatest tensor is too much
+
+
+def test_under_a_penalty_the_grids_move_in_the_mixed_phase_only_and_by_every_nth_step() -> None:
+    net = applied(5, 5)
+    limit = 0.95 * float(bs.learned_sizes(net).total.detach())
+    found = bs.learn_precision(
+        *(net, batches(10, seed=3), F.cross_entropy),
+        **{"steps": (3, 9, 3), "total": limit, "rhythm": 3, "grid_lr": 0.6, "judged": 9, "method": "penalty"},
     )
     totals = [step.weights + step.activations for step in found.history]
     assert totals[0] == totals[1] == totals[2] > totals[3]
@@ -119,25 +149,33 @@ def test_the_grids_move_in_the_mixed_phase_only_and_by_every_nth_step() -> None:
 @pytest.mark.parametrize("what", ["weights", "activations", "total"])
 def test_a_limit_that_the_fewest_bits_pass_is_refused_before_training(what: str) -> None:
     with pytest.raises(bs.SizeError, match="fewest bits"):
-        bs.learn_precision(applied(), batches(1), F.cross_entropy, steps=(0, 1, 0), **{what: 10.0})  # type: ignore[arg-type]
+        bs.learn_precision(applied(), batches(1), F.cross_entropy, steps=(1, 1, 0), **{what: 10.0})  # type: ignore[arg-type]
 
 
 def test_a_limit_that_was_not_kept_says_how_far_it_was() -> None:
     net = applied()
     limit = 0.6 * float(bs.learned_sizes(net).total.detach())
     with pytest.raises(bs.SizeError, match="the last takes"):
-        bs.learn_precision(net, batches(1), F.cross_entropy, steps=(0, 2, 0), total=limit, grid_lr=1e-6)
+        bs.learn_precision(
+            net, batches(1), F.cross_entropy, steps=(0, 2, 0), total=limit, grid_lr=1e-6, method="penalty"
+        )
 
 
 def test_bad_calls_say_what_to_do() -> None:
     net, data = applied(), batches(1)
     with pytest.raises(ValueError, match="three numbers"):
-        bs.learn_precision(net, data, F.cross_entropy, steps=(1, 0, 1), total=1e6)
+        bs.learn_precision(net, data, F.cross_entropy, steps=(1, 0, 1), total=1e6, method="penalty")
+    with pytest.raises(ValueError, match="which it measures in"):
+        bs.learn_precision(net, data, F.cross_entropy, steps=(0, 1, 1), total=1e6)
+    with pytest.raises(ValueError, match="must be 'allocation' or 'penalty'"):
+        bs.learn_precision(net, data, F.cross_entropy, steps=(1, 1, 1), total=1e6, method="guess")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="at most one more"):
+        bs.learn_precision(net, data, F.cross_entropy, steps=(1, 1, 1), total=1e6, moves=3)
     with pytest.raises(ValueError, match="limit in bytes"):
         bs.learn_precision(net, data, F.cross_entropy, steps=(1, 1, 1))
     with pytest.raises(ValueError, match="loss"):
         bs.learn_precision(net, data, steps=(1, 1, 1), total=1e6)
     with pytest.raises(ValueError, match="infers bits"):
         bs.learn_precision(applied(learn=bs.Learn()), data, F.cross_entropy, steps=(1, 1, 1), total=1e6)
-    with pytest.raises(bs.TrainingError, match="mixed phase"):
-        bs.learn_precision(net, data, lambda output, y: output.sum() * float("nan"), steps=(0, 1, 0), total=1e6)
+    with pytest.raises(bs.TrainingError, match="step 1 of 2"):
+        bs.learn_precision(net, data, lambda output, y: output.sum() * float("nan"), steps=(1, 1, 0), total=1e6)

@@ -24,7 +24,7 @@ import bitsmith as bs
 from bitsmith.learn.checkpoint import Checkpoint
 from bitsmith.learn.state import tensors_of
 from smallnet import batches, small
-from training_jobs import ONE_THREAD, Notes, resumable
+from training_jobs import ONE_THREAD, Notes, learned, resumable
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -55,6 +55,32 @@ def test_a_killed_training_ends_with_the_same_bits(
         assert torch.equal(value, tensors_of(again)[name]), name
     assert list(history) == list(steps)
     assert (history.best, history.stopped) == (steps.best, False)
+
+
+@pytest.fixture(scope="module", params=["allocation", "penalty"])
+def whole_learned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The method, its options, and what it learns without a stop."""
+    changes: dict[str, Any] = {"grid_lr": 0.2, "strength": 1e4} if request.param == "penalty" else {"moves": 2}
+    changes["method"] = request.param
+    return changes, learned(tmp_path_factory.mktemp("learned"), **changes)
+
+
+@pytest.mark.parametrize("at", [5, 8, 13])  # in the first phase, in the mixed one, in the last; files after 3, 6, ...
+def test_bits_that_are_learned_go_on_after_a_kill(at: int, whole_learned: Any, tmp_path: Path) -> None:
+    changes, whole = whole_learned
+    command = [sys.executable, JOBS, "kill learned", tmp_path, f"at={at}", f"method={changes['method']}"]
+    run = subprocess.run(command, env=ENVIRONMENT, capture_output=True)
+    assert run.returncode == -9, run.stderr.decode()
+    assert (tmp_path / "learned.safetensors").exists()
+    notes: list[str] = []
+    again = learned(tmp_path, progress=Notes(notes), **changes)
+    assert any("going on after step" in note for note in notes)
+    for name, value in tensors_of(whole.net).items():
+        assert torch.equal(value, tensors_of(again.net)[name]), name
+    assert again.history == whole.history
+    assert again.plan == whole.plan
+    with pytest.raises(bs.TrainingError, match="guide was"):
+        learned(tmp_path, **{**changes, "total": 2000.0})
 
 
 def test_a_training_that_is_done_comes_back_from_its_file(whole: tuple[nn.Module, bs.History, Path]) -> None:

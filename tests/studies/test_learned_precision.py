@@ -30,7 +30,7 @@ def test_the_whole_study(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(study, "task_of", lambda root: task())
     for name, value in (("UNIFORM", (4, 8)), ("LEARNED", ((5, 1.0),)), ("SEARCHED", (4,))):
         monkeypatch.setattr(study, name, value)
-    monkeypatch.setattr(study, "ABLATED", ({"grain": "per tensor"}, {"every": 2, "grid_rate": 0.3}))
+    monkeypatch.setattr(study, "ABLATED", ({"moves": 3}, {"method": "penalty", "rhythm": 2, "grid_rate": 0.3}))
     monkeypatch.setattr(study, "ABLATED_AT", (5, 1.0))
     arguments = ["--steps", "40", "--seeds", "2", "--plot", str(tmp_path / "front.svg")]
     study.main(arguments)
@@ -52,7 +52,9 @@ def test_the_whole_study(monkeypatch, tmp_path, capsys):
 
 
 def test_phases_are_all_of_the_steps():
-    assert [sum(study.phases(steps)) for steps in (10, 90, 3000)] == [10, 90, 3000]
+    for method, moves in (("allocation", 1), ("allocation", 3), ("penalty", 1)):
+        assert [sum(study.phases(steps, method, moves)) for steps in (10, 90, 3000)] == [10, 90, 3000]
+    assert study.phases(90) == (10, 0, 80)
 
 
 def test_pooled_errors_by_hand():

@@ -22,6 +22,7 @@ from ..progress import Progress, Silent
 from ..task import Task
 from .averaging import MovingAverage
 from .distributed import Processes
+from .guide import Guide, NoGuide
 from .history import History
 from .loader import Stream
 from .loop import Loss, settle, training_mode
@@ -82,6 +83,7 @@ def finetune(
     checkpoint: str | Path | None = None,
     every: int = 100,
     history: History | None = None,
+    guide: Guide | None = None,
     forward: Forward | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -114,6 +116,9 @@ def finetune(
     every ``validate_every`` steps (a tenth of all by default) and after the last; the best weights come back.
     ``patience``: so many scores in a row that are no better end the training. ``history``: a
     :class:`~bitsmith.History`, emptied and filled step by step.
+
+    ``guide``: a :class:`~bitsmith.Guide` of this training alone, which may add to the loss and change gradients and the
+    network between steps.
 
     **After a stop.** ``checkpoint``: a safetensors file, written whole every ``every`` steps and at the end. Where it
     is there already, the same call goes on from it and ends with the same bits as without the stop; another call is
@@ -148,6 +153,7 @@ def finetune(
         raise ValueError(f"finetune(patience={patience}): at least 1, together with validation=")
     trained, reference = duplicate(net), None if teacher is None else duplicate(teacher).eval()
     _check_reestimate(reestimate, trained, loader)
+    guide = NoGuide() if guide is None else guide
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None:
         check_writable(path.parent)
@@ -161,8 +167,10 @@ def finetune(
     settings = Settings(
         *(steps, loss, distance, accumulate, clip_norm, precision, forward, net.training),
         progress=Silent() if progress is None or processes.rank else progress,
+        guide=guide,
     )
     with torch.random.fork_rng(), torch.enable_grad():
+        guide.begin(trained)
         chosen, scheduled, parameters = optimizer_of(trained, steps, lr, optimizer, schedule, groups)
         asked: dict[str, str] = {}
         if path is not None or processes.world > 1:
@@ -179,6 +187,7 @@ def finetune(
                 "freeze_norms": str(freeze_norms),
                 "ema": str(ema),
                 "validation": str(judge),
+                "guide": str(guide),
                 "seed": str(seed),
                 "processes": str(processes.world),
             }

@@ -20,6 +20,7 @@ from .averaging import MovingAverage
 from .checkpoint import Checkpoint
 from .diagnose import first_not_finite
 from .distributed import Processes
+from .guide import Guide
 from .history import History, TrainingStep
 from .loader import Position, Stream
 from .loop import Loss, TrainingError, active_cells, objective, settle
@@ -43,6 +44,7 @@ class Settings:
     training: bool
     """The mode of the network that comes back."""
     progress: Progress
+    guide: Guide
 
 
 class Trainer:
@@ -79,9 +81,11 @@ class Trainer:
 
     def run(self, checkpoint: Path | None, every: int) -> None:
         """The steps that are left; the network then holds what is to be handed back."""
+        guide = self.settings.guide
         while not self.finished:
             found = self._step()
             self.done += 1
+            guide.after(self.done, found[0])
             score = None
             if self.validation is not None and self.validation.due(self.done, self.settings.steps):
                 score = self._validate(self.validation)
@@ -89,6 +93,7 @@ class Trainer:
             self.progress.advance()
             if checkpoint is not None and (self.done % every == 0 or self.finished):
                 self.save(checkpoint)
+        guide.end()
         self.history.stopped = self.done < self.settings.steps
         if self.validation is not None and self.validation.state:
             put(self.net, self.validation.state)
@@ -117,6 +122,7 @@ class Trainer:
         total = self.processes.average(parameters, total)
         if not bool(total.isfinite()):
             raise self._not_finite(float(total), failed)
+        self.settings.guide.adjust(self.done)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if not bool(norm.isfinite()):
             raise self._bad_gradient()
@@ -144,6 +150,9 @@ class Trainer:
         if self.settings.precision != "float32":
             output, wanted = _in_float32(output), _in_float32(wanted)
         total = objective(output, target, self.settings.loss, self.cells, self.device)
+        penalty = self.settings.guide.penalty(self.done)
+        if penalty is not None:
+            total = total + penalty
         if self.teacher is not None:
             total = total + self.settings.distance(output, wanted)
         if not isinstance(total, Tensor) or total.numel() != 1:
@@ -257,6 +266,7 @@ class Trainer:
             file.hold_all("best", best.state)
         rows = [[s.loss, s.gradient, s.lr, math.nan if s.validation is None else s.validation] for s in history]
         file.tensors["history"] = torch.tensor(rows, dtype=torch.float64).reshape(-1, 4)
+        file.hold("guide", self.settings.guide.state())
         file.hold("done", self.done)
         file.hold("torch", torch.__version__)
         file.save(path)
@@ -282,6 +292,7 @@ class Trainer:
         for loss, gradient, lr, score in file.tensors["history"].tolist():
             self.history.add(TrainingStep(loss, gradient, lr, None if math.isnan(score) else score))
         self.done = file.held("done")
+        self.settings.guide.resume(file.held("guide"), self.done)
         self.good = copied(self.net)
         rank = str(self.processes.rank)
         set_noise({name: file.all_held(f"noise {name}")[rank] for name in noise_of(self.device)}, self.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,10 @@ from .rounding import round_through, slope
 
 MAX_LEVELS = 256
 """Integers of 8 bits: what is learned can be stored."""
+
+GAUSSIAN_STEPS = {1: 1.596, 2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041, 7: 0.0569, 8: 0.0308}
+"""By bits: the uniform step of least squared error of a normal variable, in its standard deviations (Max 1960,
+doi:10.1109/TIT.1960.1057548)."""
 
 
 class _Uniform(torch.autograd.Function):
@@ -87,9 +91,9 @@ class Grid(nn.Module):
 
     ``fixed``: nothing is trained, only the gradient of the rounding is chosen. ``step``: the limits are ``low_level``
     and ``high_level`` steps; the gradient by the step is multiplied by ``1 / sqrt(elements * high_level)`` (LSQ,
-    section 2.2). ``step_range``: bits are inferred, see :meth:`bits`, :meth:`clip_gradient` and :meth:`hold_bits`. The
-    step is kept between 1/255 of the whole range (1/254 if that reaches below 0), so that integers of 8 bits hold the
-    levels, and its larger half: one level.
+    section 2.2). ``step_range``: bits are inferred, see :meth:`bits`, :meth:`clip_gradient`, :meth:`hold_bits` and
+    :meth:`observe_bits`. The step is kept between 1/255 of the whole range (1/254 if that reaches below 0), so that
+    integers of 8 bits hold the levels, and its larger half: one level.
     """
 
     log_step: Tensor
@@ -109,24 +113,67 @@ class Grid(nn.Module):
             self.log_step = nn.Parameter(zeros.clone())
         if learn.form == "step_range":
             self.log_range = nn.Parameter(zeros.clone())
-        self.held = False
+        self.mode: Literal["free", "held", "observed"] = "free"
         self.factor = 1.0 / math.sqrt(max(elements, 1) * max(float(high_level.max()), 1.0))
 
     @property
     def infers_bits(self) -> bool:
         return self.learn.form == "step_range"
 
-    def hold_bits(self, hold: bool) -> None:
-        """Train the step alone from here on, with the levels as they are now, or step and range again; in place."""
+    def hold_bits(self, hold: bool, fill: bool = False) -> None:
+        """Train the step alone from here on, with the levels as they are now, or step and range again; in place.
+        ``fill``: with all levels that the bits hold, over the same range."""
+        self._mode("held" if hold else "free")
+        if self.infers_bits and fill:
+            with torch.no_grad():
+                bits, step, (least, greatest) = self.bits(), self.values()[0], self.levels()
+                low, high = _levels_of(bits, self.get_buffer("low_level") < 0)
+                finer = torch.maximum(greatest / high, torch.where(low < 0, least / low.clamp(max=-1), 0.0))
+                more = (bits > 1) & (finer < 1)
+                self._put(torch.where(more, finer * step, step), low.where(more, least), high.where(more, greatest))
+
+    def observe_bits(self) -> None:
+        """Train the step alone from here on, with the levels as they are now; in place. The gradients of rounding and
+        of clipping come apart, until :meth:`tie_gradients` puts them together."""
+        self._mode("observed")
+
+    def tie_gradients(self) -> float:
+        """Give step and limits one gradient, so that the levels stay. Gives what it was by the logarithm to base 2 of
+        the step alone, summed: what rounding to this grid costs, as it grows with the step (see
+        :mod:`bitsmith.learn.allocation`)."""
+        with torch.no_grad():
+            rounding, clipping = self.log_step.grad, self.log_range.grad
+            if rounding is None or clipping is None:
+                return 0.0
+            both = (rounding + clipping) * self.factor
+            slope = float(rounding.sum())
+            rounding.copy_(both)
+            clipping.copy_(both)
+        return slope
+
+    def set_bits(self, bits: int) -> None:
+        """So many bits in every slice, 2 to 8, in place; each step grows or shrinks by the ratio of
+        :data:`GAUSSIAN_STEPS`."""
+        with torch.no_grad():
+            before = self.bits().round().int().tolist()
+            old = torch.tensor([GAUSSIAN_STEPS[b] for b in (before if isinstance(before, list) else [before])])
+            step = self.values()[0]
+            low, high = _levels_of(torch.full_like(step, float(bits)), self.get_buffer("low_level") < 0)
+            self._put(step * (GAUSSIAN_STEPS[bits] / old.to(step)).view(step.shape), low, high)
+
+    def _mode(self, mode: Literal["free", "held", "observed"]) -> None:
         if not self.infers_bits:
             return
         with torch.no_grad():
-            step, (low, high) = self.values()[0], self.levels()
-            for name, value in (("first_step", step), ("low_level", low), ("high_level", high)):
-                self.get_buffer(name).copy_(value)
+            self._put(self.values()[0], *self.levels())
+        self.mode = mode
+
+    def _put(self, step: Tensor, low: Tensor, high: Tensor) -> None:
+        for name, value in (("first_step", step), ("low_level", low), ("high_level", high)):
+            self.get_buffer(name).copy_(value)
+        with torch.no_grad():
             self.log_step.zero_()
             self.log_range.zero_()
-        self.held = hold
 
     def values(self) -> tuple[Tensor, Tensor, Tensor]:
         """``(step, low, high)``, each of the shape of the step, with their gradients."""
@@ -134,11 +181,13 @@ class Grid(nn.Module):
         if self.learn.form == "fixed":
             return self.first_step, self.first_step * low_level, self.first_step * high_level
         step = self.first_step * torch.exp2(self.log_step)
-        if self.learn.form == "step" or self.held:
+        if self.learn.form == "step" or self.mode == "held":
             step = _Scaled.apply(step, self.factor)  # type: ignore[no-untyped-call]
             return step, step * low_level, step * high_level
         widest = self.first_step * torch.exp2(self.log_range)
         low, high = widest * low_level, widest * high_level
+        if self.mode == "observed":
+            return step, low, high
         most = MAX_LEVELS - 1 - (low_level < 0).float()  # both ends may be rounded up
         step = torch.minimum(torch.maximum(step, (high - low) / most), torch.maximum(high, -low))
         return step, low, high
@@ -175,3 +224,9 @@ class Grid(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.learn}, {self.first_step.numel()} of them"
+
+
+def _levels_of(bits: Tensor, signed: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the greatest integer of so many bits, float32, the shape of ``bits``."""
+    half = torch.exp2(bits - 1)
+    return torch.where(signed, -half, 0.0), torch.where(signed, half, 2 * half) - 1
