@@ -28,6 +28,7 @@ from .gradual import Certainty as Certainty
 from .learn.choice import LearnedPlan as LearnedPlan
 from .learn.choice import LearnedStep as LearnedStep
 from .learn.choice import differentiable_search as differentiable_search
+from .learn.distil import Distil as Distil
 from .learn.finetune import finetune as finetune
 from .learn.guide import Guide as Guide
 from .learn.history import History as History
@@ -120,6 +121,7 @@ __all__ = [
     "Costs",
     "DataError",
     "DegreeQuant",
+    "Distil",
     "Drop",
     "Edge",
     "EdgeRow",
