@@ -11,4 +11,14 @@ from .winograd import Winograd
 
 __version__ = "0.1.0"
 
-__all__ = ["BinaryConv", "BinaryLinear", "Winograd", "binary_isas", "compiler", "isas", "pack_signs", "peak", "__version__"]
+__all__ = [
+    "BinaryConv",
+    "BinaryLinear",
+    "Winograd",
+    "binary_isas",
+    "compiler",
+    "isas",
+    "pack_signs",
+    "peak",
+    "__version__",
+]

@@ -193,7 +193,9 @@ class BinaryConv:
         )
         bits = np.ascontiguousarray(np.packbits(np.moveaxis(weights >= 0, 1, -1), axis=-1, bitorder="little"))
         factors = [
-            np.ascontiguousarray(np.broadcast_to(np.float32(default) if one is None else one, (self.channels_out,)), "f4")
+            np.ascontiguousarray(
+                np.broadcast_to(np.float32(default) if one is None else one, (self.channels_out,)), "f4"
+            )
             for one, default in ((scale, 1), (shift, 0))
         ]
         spec = _Spec(
