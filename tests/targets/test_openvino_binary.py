@@ -234,6 +234,17 @@ def test_without_the_kernels_it_is_refused_and_a_file_says_what_it_lacks(
     assert TARGET.inspect(floating)["conv1"].precision == "size only"
 
 
+def test_older_kernels_are_told_to_be_installed_again(
+    case: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(kernels, "BinaryConv")
+    signed = bs.Binary("none", activations=True)
+    site = bs.sites(case[0], case[1][0][0])["conv1"]
+    assert "older than those for signs; install them again with: pip install" in str(TARGET.supports(signed, site))
+    _, artifact = exported(case, signs_at(case, signed), tmp_path)
+    assert TARGET.inspect(artifact)["conv1"].precision == "size only"
+
+
 @pytest.mark.parametrize(
     ("attribute", "value", "says"),
     [

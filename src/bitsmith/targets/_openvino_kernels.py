@@ -63,6 +63,18 @@ def missing() -> No | None:
     return found if isinstance(found, No) else None
 
 
+def missing_signs() -> No | None:
+    """Why OpenVINO cannot compute layers of signs here; None if it can."""
+    refusal = missing()
+    if refusal is not None:
+        return refusal
+    import bitsmith_kernels
+
+    if hasattr(bitsmith_kernels, "BinaryConv"):
+        return None
+    return No(f"these native kernels are older than those for signs; install them again with: {AGAIN}")
+
+
 def core(openvino: Any, needed: bool) -> Any:
     """OpenVINO, knowing our operation if it is needed. Raises :class:`TargetError` where it cannot be loaded."""
     if not needed:
@@ -167,7 +179,7 @@ def binary_refusal(technique: Binary, site: Site, target: OpenVino) -> No | None
     products = math.prod(weight.shape[1:])
     if products > binary.MOST_PRODUCTS:
         return No(f"{products} products to a sum: the native kernel for signs has room for {binary.MOST_PRODUCTS}")
-    return missing()
+    return missing_signs()
 
 
 def adapted(technique: Winograd, site: Site, kernels: bool, reduced: bool | None) -> Technique:

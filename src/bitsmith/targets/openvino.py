@@ -176,7 +176,7 @@ class OpenVino(Target):
         self, model: onnx.ModelProto, path: str | Path, sites: Sequence[str], plan: Plan, batch: int | None = None
     ) -> Artifact:
         """Read a graph into OpenVINO and save it, its weights and its map."""
-        exported = openvino_form(model, one_bit=self.kernels and _openvino_kernels.missing() is None)
+        exported = openvino_form(model, one_bit=self.kernels and _openvino_kernels.missing_signs() is None)
         return self.save(exported, path, *site_map(exported, sites), plan, batch)
 
     def save(
