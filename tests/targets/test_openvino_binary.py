@@ -18,7 +18,7 @@ from bitsmith.export.program import applied_program
 from bitsmith.model.network import network
 from bitsmith.targets import _openvino_kernels
 from bitsmith.targets._openvino_graph import executed
-from bitsmith.targets.base import ArtifactError, TargetError
+from bitsmith.targets.base import Artifact, ArtifactError, TargetError
 
 pytest.importorskip("openvino")
 kernels = pytest.importorskip("bitsmith_kernels")
@@ -91,6 +91,9 @@ def test_what_runs_is_what_is_simulated_bit_for_bit(case: Any, scaling: Any, thr
     (found,) = target.run(artifact, [x.numpy()])
     with torch.inference_mode():
         np.testing.assert_array_equal(found, net(x).numpy())
+    # whoever reads the file needs no setting
+    (again,) = bs.targets.OpenVino(threads=1).run(Artifact.load(artifact.path), [x.numpy()])
+    np.testing.assert_array_equal(again, found)
     check = bs.verify(net, artifact, case[1], target=target)
     assert check.passed
     assert check.whole_db == np.inf
