@@ -1,12 +1,16 @@
 #include "binary.h"
 
+#include <initializer_list>
+
+#include "simd/binary_finish.h"
+
 namespace bitsmith {
 
 #ifndef BITSMITH_BINARY_AVX512
-BinaryKernel binary_avx512_vpopcntdq() { return nullptr; }
+const BinaryKernels* binary_avx512_vpopcntdq() { return nullptr; }
 #endif
 #ifndef BITSMITH_BINARY_AVX2
-BinaryKernel binary_avx2() { return nullptr; }
+const BinaryKernels* binary_avx2() { return nullptr; }
 #endif
 
 namespace {
@@ -19,20 +23,49 @@ std::int32_t ones(std::uint64_t x) {
     return static_cast<std::int32_t>(x * 0x0101010101010101u >> 56);
 }
 
-void run(const BinaryProduct& p) {
+void multiply(const BinaryProduct& p) {
     for (std::ptrdiff_t i = 0; i < p.rows; ++i)
         for (std::ptrdiff_t j = 0; j < p.columns; ++j) {
             const std::uint64_t* a = p.a + i * p.words;
             const std::uint64_t* b = p.b + j / binary_lanes * p.words * binary_lanes + j % binary_lanes;
             std::int32_t count = 0;
             for (std::ptrdiff_t k = 0; k < p.words; ++k) count += ones(a[k] ^ b[k * binary_lanes]);
-            p.y[i * p.columns + j] = p.length - 2 * count;
+            p.y[i * p.pitch + j] = p.length - 2 * count;
         }
 }
 
-}  // namespace
+void convolve(const BinaryRow& r) {
+    for (std::ptrdiff_t k = 0; k < r.channels; ++k)
+        for (std::ptrdiff_t p = 0; p < r.width; ++p) {
+            std::int32_t count = 0;
+            for (std::ptrdiff_t s = 0; s < r.steps; ++s) count += ones(r.weights[k * r.steps + s] ^ r.x[r.at[s] + p]);
+            r.y[k * r.pitch + p] = static_cast<float>(r.most[k * r.width + p] - 2 * count) * r.scale[k] + r.shift[k];
+        }
+}
 
-BinaryKernel binary_reference() { return run; }
+void pack_planes(const BinaryPlanes& b) {
+    for (std::ptrdiff_t first = 0, w = 0; first < b.channels; first += 64, ++w)
+        for (std::ptrdiff_t p = 0; p < b.width; ++p) {
+            std::uint64_t word = 0;
+            for (std::ptrdiff_t c = first; c < b.channels && c < first + 64; ++c)
+                word |= static_cast<std::uint64_t>(b.x[c * b.pitch + p] >= 0) << (c - first);
+            b.to[w * b.to_pitch + p] = word;
+        }
+}
+
+void pack_rows(const float* x, std::ptrdiff_t rows, std::ptrdiff_t length, std::uint64_t* to) {
+    for (std::ptrdiff_t i = 0; i < rows; ++i, x += length)
+        for (std::ptrdiff_t first = 0; first < length; first += 64) {
+            std::uint64_t word = 0;
+            for (std::ptrdiff_t c = first; c < length && c < first + 64; ++c)
+                word |= static_cast<std::uint64_t>(x[c] >= 0) << (c - first);
+            *to++ = word;
+        }
+}
+
+const BinaryKernels reference{multiply, convolve, pack_planes, pack_rows, finish};
+
+}  // namespace
 
 const char* name_of(BinaryIsa isa) {
     switch (isa) {
@@ -47,7 +80,7 @@ bool available(BinaryIsa isa) {
     switch (isa) {
         case BinaryIsa::avx512_vpopcntdq:
             return binary_avx512_vpopcntdq() && __builtin_cpu_supports("avx512f") &&
-                   __builtin_cpu_supports("avx512vpopcntdq");
+                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vpopcntdq");
         case BinaryIsa::avx2: return binary_avx2() && __builtin_cpu_supports("avx2");
         default: return true;
     }
@@ -56,11 +89,17 @@ bool available(BinaryIsa isa) {
 #endif
 }
 
-void multiply(const BinaryProduct& product, BinaryIsa isa) {
+BinaryIsa best_binary_isa() {
+    for (const BinaryIsa isa : {BinaryIsa::avx512_vpopcntdq, BinaryIsa::avx2})
+        if (available(isa)) return isa;
+    return BinaryIsa::reference;
+}
+
+const BinaryKernels& binary_kernels(BinaryIsa isa) {
     switch (isa) {
-        case BinaryIsa::avx512_vpopcntdq: return binary_avx512_vpopcntdq()(product);
-        case BinaryIsa::avx2: return binary_avx2()(product);
-        default: return binary_reference()(product);
+        case BinaryIsa::avx512_vpopcntdq: return *binary_avx512_vpopcntdq();
+        case BinaryIsa::avx2: return *binary_avx2();
+        default: return reference;
     }
 }
 

@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "error.h"
 #include "layer.h"
 #include "peak.h"
 #include "pool.h"
@@ -13,8 +14,6 @@ struct bitsmith_layer {
 };
 
 namespace {
-
-thread_local std::string last_error;
 
 bitsmith::Isa isa_of(const char* name) {
     const std::vector<bitsmith::Isa> isas = bitsmith::available_isas();
@@ -28,6 +27,11 @@ bitsmith::Levels levels_of(const bitsmith_levels& from) { return {from.scale, fr
 
 }  // namespace
 
+std::string& bitsmith::last_error() {
+    static thread_local std::string message;
+    return message;
+}
+
 int32_t bitsmith_abi(void) { return 3; }
 
 const char* bitsmith_isas(void) {
@@ -40,7 +44,7 @@ const char* bitsmith_isas(void) {
     return names.c_str();
 }
 
-const char* bitsmith_error(void) { return last_error.c_str(); }
+const char* bitsmith_error(void) { return bitsmith::last_error().c_str(); }
 
 bitsmith_layer* bitsmith_layer_new(const bitsmith_spec* from) {
     try {
@@ -63,7 +67,7 @@ bitsmith_layer* bitsmith_layer_new(const bitsmith_spec* from) {
         spec.isa = isa_of(from->isa);
         return new bitsmith_layer{bitsmith::Layer(spec)};
     } catch (const std::exception& error) {
-        last_error = error.what();
+        bitsmith::last_error() = error.what();
         return nullptr;
     }
 }
@@ -77,7 +81,7 @@ int64_t bitsmith_layer_bytes(const bitsmith_layer* layer) {
 const char* bitsmith_layer_isa(const bitsmith_layer* layer) { return bitsmith::name_of(layer->layer.isa()); }
 
 int32_t bitsmith_layer_run(const bitsmith_layer* layer, const bitsmith_call* from) {
-    try {
+    return bitsmith::guarded([&] {
         bitsmith::Call call;
         call.x = from->x;
         call.batch = from->batch;
@@ -92,14 +96,7 @@ int32_t bitsmith_layer_run(const bitsmith_layer* layer, const bitsmith_call* fro
         call.residual_levels = levels_of(from->residual_levels);
         call.parts = from->threads;
         layer->layer.run(call, bitsmith::pool_for);
-        return 0;
-    } catch (const std::invalid_argument& error) {
-        last_error = error.what();
-        return 1;
-    } catch (const std::exception& error) {
-        last_error = error.what();
-        return 2;
-    }
+    });
 }
 
 int64_t bitsmith_layer_multiply(const bitsmith_layer* layer, int32_t rounds) { return layer->layer.multiply(rounds); }
@@ -108,7 +105,7 @@ double bitsmith_peak(const char* isa, int32_t bits) {
     try {
         return bitsmith::peak_of(isa_of(isa), bits);
     } catch (const std::exception& error) {
-        last_error = error.what();
+        bitsmith::last_error() = error.what();
         return 0;
     }
 }

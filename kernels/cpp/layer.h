@@ -3,12 +3,12 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <functional>
 #include <vector>
 
 #include "buffer.h"
 #include "isa.h"
 #include "kernel.h"
+#include "parallel.h"
 
 namespace bitsmith {
 
@@ -47,9 +47,6 @@ struct Call {
     Levels residual_levels;
     int parts = 1;                       // shares of the work, one for each thread
 };
-
-// Calls f(0) ... f(n - 1), in any order and on any threads, and returns when all have returned.
-using ParallelFor = std::function<void(int n, const std::function<void(int)>& f)>;
 
 class Layer {
 public:

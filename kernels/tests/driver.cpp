@@ -1,12 +1,15 @@
-// Random layers on every instruction set against the scalar reference, for the sanitizers and valgrind (see README.md).
+// Random layers, of integers and of signs, on every instruction set against the scalar reference, for the sanitizers and
+// valgrind (see README.md).
 // Usage: driver [cases]. The exit status is 0 if all agree.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <algorithm>
 #include <memory>
 #include <random>
 #include <vector>
 
+#include "binary_layer.h"
 #include "guarded.h"
 #include "layer.h"
 #include "pool.h"
@@ -120,6 +123,99 @@ bool one_case(Random& random, int number) {
     return true;
 }
 
+struct Signs {
+    std::vector<std::uint8_t> bits;
+    std::vector<float> scale, shift;
+};
+
+BinarySpec random_signs(Random& random, Signs& w, bool linear) {
+    BinarySpec spec;
+    spec.channels_in = random.in(0, 3) ? random.in(1, 140) : random.in(2000, 2100);  // of many, bytes of ones fill up
+    spec.channels_out = random.in(1, 40);
+    for (int axis = 0; axis < 2 && !linear; ++axis) {
+        spec.kernel[axis] = random.in(1, spec.channels_in > 1000 ? 2 : 4);
+        spec.strides[axis] = random.in(1, 3);
+        spec.dilations[axis] = random.in(1, 2);
+    }
+    for (std::ptrdiff_t& pad : spec.pads) pad = linear ? 0 : random.in(0, 3);
+    const std::ptrdiff_t taps = spec.kernel[0] * spec.kernel[1];
+    w.bits.resize(static_cast<std::size_t>(spec.channels_out * taps * ((spec.channels_in + 7) / 8)));
+    random.fill(w.bits.data(), w.bits.size());
+    w.scale.resize(static_cast<std::size_t>(spec.channels_out));
+    w.shift.resize(w.scale.size());
+    for (auto& s : w.scale) s = static_cast<float>(random.in(-1000, 1000)) * 1e-3f;
+    for (auto& s : w.shift) s = static_cast<float>(random.in(-100, 100)) * 0.3f;
+    spec.bits = w.bits.data();
+    spec.scale = w.scale.data();
+    spec.shift = w.shift.data();
+    return spec;
+}
+
+void fill_floats(Random& random, std::uint8_t* data, std::size_t count) {
+    for (std::size_t i = 0; i < count; ++i) {
+        const float value = static_cast<float>(random.in(-3, 3)) * (random.coin() ? 1.0f : 0.0f);  // zeros of both signs
+        std::memcpy(data + i * 4, &value, 4);
+    }
+}
+
+// `run`: of a layer, from x to y, in so many parts.
+template <class Make, class Run>
+bool agrees(Random& random, int number, std::size_t in, std::size_t out, BinarySpec spec, Make make, Run run) {
+    const bool after = random.coin();
+    Guarded x(in * 4, after);
+    fill_floats(random, x.data(), in);
+    std::unique_ptr<Guarded> expected;
+    for (const BinaryIsa isa : {BinaryIsa::reference, BinaryIsa::avx2, BinaryIsa::avx512_vpopcntdq}) {
+        if (!available(isa)) continue;
+        spec.isa = isa;
+        const auto layer = make(spec);
+        for (int parts = 1; parts <= 3; ++parts) {
+            auto y = std::make_unique<Guarded>(out * 4, after);
+            std::memset(y->data(), 0x55, out * 4);
+            run(*layer, reinterpret_cast<const float*>(x.data()), reinterpret_cast<float*>(y->data()), parts);
+            if (!expected) {
+                expected = std::move(y);
+            } else if (std::memcmp(y->data(), expected->data(), out * 4)) {
+                std::printf("case %d: %s differs from the reference: signs, %td -> %td channels, kernel %td x %td, strides "
+                            "%td, %td, %d threads\n",
+                            number, name_of(isa), spec.channels_in, spec.channels_out, spec.kernel[0], spec.kernel[1],
+                            spec.strides[0], spec.strides[1], parts);
+                return false;
+            }
+        }
+    }
+    return true;
+}
+
+bool one_case_of_signs(Random& random, int number) {
+    Signs weights;
+    const bool linear = !random.in(0, 2);
+    const BinarySpec spec = random_signs(random, weights, linear);
+    const auto channels = [&](std::ptrdiff_t each, std::ptrdiff_t many) { return static_cast<std::size_t>(each * many); };
+    if (linear) {
+        const std::ptrdiff_t rows = random.in(1, 40);
+        return agrees(
+            random, number, channels(rows, spec.channels_in), channels(rows, spec.channels_out), spec,
+            [](const BinarySpec& s) { return std::make_unique<BinaryDense>(s); },
+            [&](const BinaryDense& layer, const float* x, float* y, int parts) { layer.run(x, rows, y, parts, pool_for); });
+    }
+    const std::ptrdiff_t batch = random.in(1, 2);
+    std::ptrdiff_t size[2];
+    for (int axis = 0; axis < 2; ++axis) {
+        const std::ptrdiff_t covered = (spec.kernel[axis] - 1) * spec.dilations[axis] + 1;
+        const std::ptrdiff_t least = std::max<std::ptrdiff_t>(1, covered - spec.pads[axis] - spec.pads[axis + 2]);
+        size[axis] = least + random.in(0, axis ? 40 : 9);
+    }
+    const BinaryConv shape(spec);
+    const std::ptrdiff_t area = shape.out_height(size[0]) * shape.out_width(size[1]);
+    return agrees(
+        random, number, channels(batch * size[0] * size[1], spec.channels_in), channels(batch * area, spec.channels_out),
+        spec, [](const BinarySpec& s) { return std::make_unique<BinaryConv>(s); },
+        [&](const BinaryConv& layer, const float* x, float* y, int parts) {
+            layer.run(x, batch, size[0], size[1], y, parts, pool_for);
+        });
+}
+
 }  // namespace
 
 int main(int count, char** words) {
@@ -129,6 +225,11 @@ int main(int count, char** words) {
     for (int i = 0; i < cases; ++i) bad += !one_case(random, i);
     std::printf("%d cases, %d differ; instruction sets:", cases, bad);
     for (const Isa isa : available_isas()) std::printf(" %s", name_of(isa));
+    int wrong = 0;
+    for (int i = 0; i < cases; ++i) wrong += !one_case_of_signs(random, i);
+    std::printf("\n%d cases of signs, %d differ; instruction sets:", cases, wrong);
+    for (const BinaryIsa isa : {BinaryIsa::avx512_vpopcntdq, BinaryIsa::avx2, BinaryIsa::reference})
+        if (available(isa)) std::printf(" %s", name_of(isa));
     std::printf("\n");
-    return bad != 0;
+    return bad + wrong != 0;
 }

@@ -57,6 +57,13 @@ def test_products_of_a_column_in_registers(
         assert len(loads) == (tile + 2) * (rows + columns), f"{form}: weights are loaded more than once"
 
 
+@pytest.mark.parametrize(
+    ("form", "count"), [("area<4, 4>", 16), ("area<4, 3>", 12), ("area<8, 1>", 8), ("tile<4, 4>", 16)]
+)
+def test_counts_of_signs_in_registers(code: dict[str, list[tuple[int, str]]], form: str, count: int) -> None:
+    check(code, f"{form}(bitsmith::Binary", "vpopcntq", "zmm", count)
+
+
 def check(code: dict[str, list[tuple[int, str]]], form: str, product: str, register: str, count: int) -> list[str]:
     """The innermost loop of the function, which has so many products, in registers."""
     bodies = [body for symbol, body in code.items() if form in symbol]

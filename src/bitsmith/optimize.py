@@ -78,6 +78,7 @@ def optimize(
     progress: Progress | None = None,
     title: str = "",
     executor: Executor | None = None,
+    trained: Sequence[Technique] = (),
 ) -> Optimized:
     """Profile, search, apply, export, verify, report: the verbs composed.
 
@@ -88,7 +89,8 @@ def optimize(
     the model file, ``report.html``, ``report.json`` and, if no ``store`` is given, the store ``runs.db`` from which a
     killed run resumes; without a folder the model file lives as long as the returned artifact. ``batch``: of the times
     and of the file. ``certainty``: of decisions before the whole validation set was seen. ``executor``: workers for the
-    accuracy part of ``profile`` and ``search``; the plan is the same without.
+    accuracy part of ``profile`` and ``search``; the plan is the same without. ``trained``: as of ``profile``;
+    ``prepare`` is then ``()`` by default, as there may be no float network worth coming close to.
 
     Calibration and validation data are read to choose; ``task.test`` is forwarded once, for the report. Raises
     ``BudgetError`` if no plan meets the budget, after the best one was saved; it carries that one as ``.best``.
@@ -100,12 +102,13 @@ def optimize(
         store = place / "runs.db"
     # the artifacts of probes go to a temporary folder; only the chosen one goes to the user's
     bench = Bench.open(model, task, target, store=store, batch=batch, seed=seed, progress=progress)
-    offered = list(techniques) if techniques is not None else [Int(8, 8)]
-    evaluate = Evaluator(bench, steps_for(bench) if prepare is None else prepare, certainty)
+    offered = [*([Int(8, 8)] if techniques is None else techniques), *trained]
+    steps = (() if trained else steps_for(bench)) if prepare is None else prepare
+    evaluate = Evaluator(bench, steps, certainty)
     _dry_run(evaluate, offered)
     if "mj" in (minimize, *budget.limits) and target.energy(bench.artifact(Plan())) is None:
         raise ValueError(f"{target.name} gives no energy: leave mj out, or take a target that has it")
-    profiled = measure(bench, offered, sensitivity, executor=executor)
+    profiled = measure(bench, offered, sensitivity, executor=executor, trained=trained)
     failure: BudgetError | None = None
     try:
         result = search(profiled, budget, minimize, method or Exact(), evaluate, _told(progress), executor=executor)

@@ -230,6 +230,7 @@ def profile(
     seed: int = 0,
     progress: Progress | None = None,
     executor: Executor | None = None,
+    trained: Sequence[Technique] = (),
 ) -> Profile:
     """Measure what every site loses and costs under every technique that fits it and that the target supports.
 
@@ -241,9 +242,13 @@ def profile(
     ``mpi4py.futures``. Sensitivities that yield their scores are shared out over it, choice by choice, and give the
     same losses; others, and all times, are measured in this process. What is lost with a worker is measured here.
     Raises :class:`~bitsmith.workers.WorkerError` naming what cannot be sent to a worker.
+
+    ``trained``: techniques that need training, offered as well because the weights given were trained under them
+    somewhere. They are scored with these weights as they are; ``notes`` says so. Without, they are left out. Losses are
+    counted from the float network of these weights, whatever it is worth.
     """
     bench = Bench.open(model, task, target, store=store, batch=batch, seed=seed, progress=progress)
-    return measure(bench, techniques, sensitivity, patterns, executor)
+    return measure(bench, techniques, sensitivity, patterns, executor, trained)
 
 
 def measure(
@@ -252,11 +257,12 @@ def measure(
     sensitivity: Sensitivity = DIAGONAL,
     patterns: Sequence[str] = ("*",),
     executor: Executor | None = None,
+    trained: Sequence[Technique] = (),
 ) -> Profile:
     """:func:`profile` with a bench that is already open."""
     record = bench.net.record
     sites = _selected(record.sites, patterns)
-    options, refused = _options(sites, techniques, bench.target)
+    options, refused = _options(sites, techniques, bench.target, trained)
     if not any(option.technique != Float() for rows in options.values() for option in rows):
         reasons = "; ".join(dict.fromkeys(f"{row.technique}: {row.refused}" for row in refused))
         reasons = reasons or (
@@ -298,6 +304,9 @@ def measure(
         "sensitivity": str(scores.spent),
         **scores.notes,
     }
+    if trained:
+        named = ", ".join(str(technique) for technique in dict.fromkeys(trained))
+        notes["trained"] = f"{named}: scored with the weights as they were given, without training"
     if scores.skipped:
         reasons = "; ".join(dict.fromkeys(scores.skipped.values()))
         named = ", ".join(dict.fromkeys(site for site, _ in scores.skipped))
@@ -330,7 +339,7 @@ def _selected(sites: Mapping[str, Site], patterns: Sequence[str]) -> dict[str, S
 
 
 def _options(
-    sites: Mapping[str, Site], techniques: Sequence[Technique], target: Target
+    sites: Mapping[str, Site], techniques: Sequence[Technique], target: Target, trained: Sequence[Technique] = ()
 ) -> tuple[dict[str, list[Option]], list[Row]]:
     """What may be chosen at each site, and a row with its reason for what may not."""
     options: dict[str, list[Option]] = {}
@@ -338,15 +347,18 @@ def _options(
     for name, site in sites.items():
         floating = (FLOAT,) * len(site.operands)
         rows = [Option(name, Float(), floating, FLOAT)]
-        for technique in dict.fromkeys(techniques):
+        for technique in dict.fromkeys((*techniques, *trained)):
             if technique == Float():
                 continue
             reads = tuple(FLOAT if fmt is None else str(fmt) for fmt in technique.reads(site))
             verdict = technique.fits(site)
             if verdict:
                 verdict = target.supports(technique, site)
-            if verdict and technique.needs_training:
-                verdict = No("it needs training before it can be scored: profile(adapt_steps=...) is not here yet")
+            if verdict and technique.needs_training and technique not in trained:
+                verdict = No(
+                    "it needs training before it can be scored; where these weights were trained under it, "
+                    f"profile(trained=[{technique}]) scores them as they are"
+                )
             if verdict:
                 writes = next((read for read in reads if read != FLOAT), FLOAT)
                 rows.append(Option(name, technique, reads, writes))

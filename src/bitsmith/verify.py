@@ -18,6 +18,7 @@ from .model.network import duplicate
 from .numerics.quantizer import Quantizer
 from .site import Site
 from .targets.base import Artifact, Realised, Target, TargetError, example_arrays
+from .techniques.binary import Binary
 from .techniques.float_ import Float
 
 TOLERANCE_DB: Mapping[str, float] = {"onnxruntime": 40.0, "openvino": 35.0}
@@ -340,6 +341,8 @@ class _Comparison:
 def _why(technique: Any, got: Realised) -> str:
     if isinstance(technique, Float):
         wanted: str = technique.dtype
+    elif isinstance(technique, Binary):
+        wanted = "binary"
     else:
         wanted = f"int{getattr(technique, 'a', None) or getattr(technique, 'w', '')}"
     if got.precision in (wanted, "folded", "removed"):

@@ -85,6 +85,85 @@ def test_the_gradient_of_both_factors() -> None:
     )
 
 
+class Normed(nn.Module):
+    """A layer and its normalisation, of which one channel is turned and one is constant."""
+
+    def __init__(self, dims: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        self.layer = Layer(dims)
+        self.norm = (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims](6)
+        with torch.no_grad():
+            self.norm.weight.copy_(torch.tensor([1.5, -0.7, 0.0, 1.0, 2.0, 0.3]))
+            self.norm.bias.copy_(torch.randn(6, generator=generator))
+            self.norm.running_mean.copy_(torch.randn(6, generator=generator))
+            self.norm.running_var.copy_(torch.rand(6, generator=generator) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.norm(self.layer(x))
+        return found
+
+
+def normed(dims: int, scaling: Any) -> tuple[Normed, nn.Module, Tensor]:
+    model, x = Normed(dims).eval(), inputs(dims)
+    plan = bs.Plan({next(iter(bs.sites(model, x))): bs.Binary(scaling, activations=True)})
+    return model, bs.apply(model, plan, [(x, None)]), x
+
+
+@pytest.mark.parametrize("dims", [0, 1, 2, 3])
+@pytest.mark.parametrize("scaling", ["none", "xnor"])
+def test_the_normalisation_behind_is_absorbed_in_eval(dims: int, scaling: Any) -> None:
+    """(n + bias / s - mean / s) s gamma / sqrt(var + eps) + beta of an exact sum n, in float64."""
+    model, net, x = normed(dims, scaling)
+    (cell,) = (cell for cell in computer_of(net).cells.values() if hasattr(cell, "norm"))
+    assert cell.norm
+    exact = copy.deepcopy(model).double()
+    w = exact.layer.weight.detach()
+    scale = w.abs().flatten(1).mean(1).view(-1, *[1] * (w.dim() - 1)) if scaling == "xnor" else 1.0
+    with torch.no_grad():
+        exact.layer.weight.copy_(torch.where(w >= 0, 1.0, -1.0) * scale)
+        wanted = exact(torch.where(x >= 0, 1.0, -1.0).double())
+        np.testing.assert_allclose(net(x).numpy(), wanted.numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_normalisation_in_eval_is_computed_in_training_too_with_its_gradients() -> None:
+    model, net, x = normed(2, "xnor")
+    net.train()
+    with torch.no_grad():
+        evaluated = net.eval()(x)
+    net.train()
+    cast_norm(net).eval()  # as finetune(freeze_norms=True) has it
+    found = net(x)
+    torch.testing.assert_close(found, evaluated, rtol=1e-5, atol=1e-5)
+    found.square().sum().backward()
+    given = dict(net.named_parameters())
+    exact = copy.deepcopy(model).double().eval()
+    w = model.layer.weight.detach()
+    scale = w.abs().flatten(1).mean(1).view(-1, 1, 1, 1)
+    with torch.no_grad():
+        exact.layer.weight.copy_((torch.where(w >= 0, 1.0, -1.0) * scale).double())
+    exact(torch.where(x >= 0, 1.0, -1.0).double()).square().sum().backward()
+    for name in ("norm.weight", "norm.bias", "layer.bias"):
+        wanted = dict(exact.named_parameters())[name].grad
+        np.testing.assert_allclose(given[name].grad.numpy(), wanted.numpy(), rtol=1e-4, atol=1e-4)  # type: ignore[union-attr]
+
+
+def test_a_normalisation_in_training_runs_itself() -> None:
+    model, net, x = normed(2, "none")
+    net.train()
+    w = model.layer.weight.detach()
+    plain = copy.deepcopy(model).train()
+    with torch.no_grad():
+        plain.layer.weight.copy_(torch.where(w >= 0, 1.0, -1.0))
+        wanted = plain(torch.where(x >= 0, 1.0, -1.0))
+        torch.testing.assert_close(net(x), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(cast_norm(net).running_mean, plain.norm.running_mean)
+
+
+def cast_norm(net: nn.Module) -> Any:
+    return net.get_submodule("norm")
+
+
 def of(net: nn.Module) -> Any:
     ((_, cell),) = computer_of(net).cells.items()
     return cell
@@ -267,8 +346,17 @@ def test_targets_refuse_it_with_the_reason() -> None:
 def test_a_profile_leaves_it_out_with_its_size() -> None:
     found = bs.profile(small(), task(), [bs.Binary("none"), bs.Int(8, 8)], MockTarget())
     row = next(row for row in found.rows if row.site == "left" and row.technique == bs.Binary("none"))
-    assert "training" in row.refused
+    assert "profile(trained=[Binary(scaling='none')])" in row.refused
     assert row.bytes == 8 * 8 * 9 / 8
+
+
+def test_a_profile_scores_it_where_the_weights_were_trained_under_it() -> None:
+    found = bs.profile(small(), task(), [bs.Int(8, 8)], MockTarget(), trained=[bs.Binary("none")])
+    row = next(row for row in found.rows if row.site == "left" and row.technique == bs.Binary("none"))
+    assert not row.refused
+    assert row.loss > 0
+    assert found.notes["trained"].startswith("Binary(scaling='none'): scored with the weights as they were given")
+    assert "trained" not in bs.profile(small(), task(), [bs.Int(8, 8)], MockTarget()).notes
 
 
 def test_what_it_does_not_fit() -> None:

@@ -13,12 +13,12 @@
 #include <openvino/frontend/onnx/extension/op.hpp>
 #include <openvino/op/constant.hpp>
 #include <openvino/op/op.hpp>
-#include <tbb/parallel_for.h>
-#include <tbb/task_arena.h>
 
+#include "binary_operations.h"
 #include "check.h"
 #include "isa.h"
 #include "layer.h"
+#include "threads.h"
 
 namespace {
 
@@ -54,11 +54,6 @@ std::vector<std::int16_t> words(const ov::Tensor& tensor) {
     }
     const auto* first = static_cast<const std::int32_t*>(tensor.data());
     return {first, first + tensor.get_size()};
-}
-
-// evaluate() runs inside OpenVINO's arena, so these are the threads that the user gave to it.
-void on_its_threads(int n, const std::function<void(int)>& f) {
-    tbb::parallel_for(0, n, [&](int i) { f(i); }, tbb::static_partitioner());
 }
 
 }  // namespace
@@ -138,7 +133,7 @@ public:
         call.x = inputs[image].data();
         call.y = outputs[0].data();
         if (inputs.size() > residual) call.residual = inputs[residual].data();
-        call.parts = tbb::this_task_arena::max_concurrency();
+        call.parts = its_threads();
         shared_->layer->run(call, on_its_threads);
         return true;
     } catch (const std::exception& error) {
@@ -231,6 +226,15 @@ private:
 
 }  // namespace bitsmith
 
-OPENVINO_CREATE_EXTENSIONS(std::vector<ov::Extension::Ptr>(
-    {std::make_shared<ov::OpExtension<bitsmith::WinogradConv>>(),
-     std::make_shared<ov::frontend::onnx::OpExtension<bitsmith::WinogradConv>>("WinogradConv", "bitsmith")}));
+namespace {
+
+std::vector<ov::Extension::Ptr> extensions() {
+    std::vector<ov::Extension::Ptr> all = bitsmith::binary_extensions();
+    all.push_back(std::make_shared<ov::OpExtension<bitsmith::WinogradConv>>());
+    all.push_back(std::make_shared<ov::frontend::onnx::OpExtension<bitsmith::WinogradConv>>("WinogradConv", "bitsmith"));
+    return all;
+}
+
+}  // namespace
+
+OPENVINO_CREATE_EXTENSIONS(extensions());

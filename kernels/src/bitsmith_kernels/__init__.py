@@ -1,14 +1,24 @@
-"""Exact int8 Winograd 3x3 convolutions, and matrix products of one bit, for x86 CPUs.
+"""Exact int8 Winograd 3x3 convolutions, and layers of one bit, for x86 CPUs.
 
 :class:`Winograd` packs the weights of one layer and runs it on 8-bit images; :func:`isas` says what this CPU has.
 The arithmetic is specified bit for bit in the README; every instruction set gives the same bits.
-:class:`BinaryLinear` multiplies signs by signs.
+:class:`BinaryLinear` and :class:`BinaryConv` multiply signs by signs.
 """
 
 from ._library import compiler, isas, peak
-from .binary import BinaryLinear, binary_isas, pack_signs
+from .binary import BinaryConv, BinaryLinear, binary_isas, pack_signs
 from .winograd import Winograd
 
 __version__ = "0.1.0"
 
-__all__ = ["BinaryLinear", "Winograd", "binary_isas", "compiler", "isas", "pack_signs", "peak", "__version__"]
+__all__ = [
+    "BinaryConv",
+    "BinaryLinear",
+    "Winograd",
+    "binary_isas",
+    "compiler",
+    "isas",
+    "pack_signs",
+    "peak",
+    "__version__",
+]

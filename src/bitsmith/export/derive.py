@@ -17,6 +17,7 @@ from ..model.keys import tensor_key
 from ..plan import Plan
 from ..site import Format, Record
 from ..technique import Technique
+from ..techniques.binary import Binary
 from ..techniques.float_ import Float
 from ..techniques.int_ import Int
 from ..techniques.winograd import Winograd
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     import onnx
     import onnx_ir as ir
 
-INTEGER = (Int, Winograd)
+INTEGER = (Int, Winograd, Binary)
 """Techniques that can be taken from one graph into another."""
 
 
@@ -41,8 +42,8 @@ def derive(
     in one of ``fulls`` (:func:`parts`); output formats (``out``) may differ.
 
     None if the file cannot be derived, and must be exported: ``prepare`` steps, whose weights may depend on the whole
-    plan; other techniques than ``Int``, ``Winograd`` and ``Float``; a quantizer that no graph holds; float and
-    quantized graphs that the exporter gave different structures.
+    plan; other techniques than ``Int``, ``Winograd``, ``Binary`` without errors and ``Float``; a quantizer that no
+    graph holds; float and quantized graphs that the exporter gave different structures.
     """
     needed = parts(plan, [full_plan for _, full_plan in fulls], record)
     if needed is None or any(opset_of(fulls[k][0]) != opset_of(base) for k in needed):
@@ -99,6 +100,8 @@ def _derivable(plan: Plan, record: Record) -> bool:
         site = record.site(name)
         if not _floating(technique) and not isinstance(technique, INTEGER):
             return False
+        if isinstance(technique, Binary) and technique.error_rate:
+            return False  # which signs are wrong is drawn for each plan anew
         # a composite computed whole has another graph than its inside
         if site.role == "composite" or site.kind == "module":
             return False
@@ -112,8 +115,13 @@ def _floating(technique: Technique | None) -> bool:
 def same_technique(mine: Technique | None, theirs: Technique | None) -> bool:
     """Whether two techniques compute a site alike, whatever their output format."""
     if isinstance(mine, INTEGER) and isinstance(theirs, INTEGER):
-        return dataclasses.replace(mine, out=None) == dataclasses.replace(theirs, out=None)
+        return _bare(mine) == _bare(theirs)
     return _floating(mine) and _floating(theirs)
+
+
+def _bare(technique: Technique) -> Technique:
+    """Without the format of its output."""
+    return dataclasses.replace(technique, out=None) if isinstance(technique, (Int, Winograd)) else technique
 
 
 class _Source:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .binary import one_bit_kernels
 from .onnx import name_nodes
 from .rewrite import (
     DEQUANTIZE,
@@ -50,9 +51,10 @@ def onnxruntime_form(model: onnx.ModelProto) -> onnx.ModelProto:
     )
 
 
-def openvino_form(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model in the form in which OpenVINO's convolutions take in residual additions, and ours as one operation."""
-    return rewritten(model, own_kernels, sums_in_convolutions)
+def openvino_form(model: onnx.ModelProto, one_bit: bool = False) -> onnx.ModelProto:
+    """The model in the form in which OpenVINO's convolutions take in residual additions, and ours as one operation.
+    ``one_bit``: layers of signs too become operations of ours; else they stay what OpenVINO computes in float."""
+    return rewritten(model, own_kernels, *((one_bit_kernels,) if one_bit else ()), sums_in_convolutions)
 
 
 def sums_in_convolutions(graph: ir.Graph) -> None:

@@ -109,7 +109,10 @@ def promised(
         verdict = target.supports(technique, site)
         found = verdict if isinstance(verdict, No) else kernel(technique, site)
         verdicts[name] = found
-        verdicts.update(folded if isinstance(found, Realised) and found.precision == "int8" else {})
+        if isinstance(found, Realised) and found.precision == "int8":
+            verdicts.update(folded)
+        elif isinstance(found, Realised) and found.precision == "binary" and site.fold is not None:
+            verdicts[site.fold.site] = folded[site.fold.site]  # an activation behind it stands alone
     return verdicts
 
 

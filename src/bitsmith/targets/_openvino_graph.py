@@ -7,7 +7,7 @@ computes in (``runtimePrecision``) and the kernel's name (``primitiveType``, ``.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ _REPLACED = re.compile(r"(_original|_\d+)$")
 _DEQUANTIZED = "/Dequantization"
 _STEPS = 5
 """From stored weights to the operation that dequantizes them: conversion, zero point, scale, groups to rows."""
+XOR_POPCOUNT = "xor-popcount, native kernel"
 _SMALL = frozenset({"i8", "u8", "i4", "u4"})
 _FLOAT = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 
@@ -138,9 +139,14 @@ class Owners:
 
 
 def realised(
-    owners: Owners, sites: Iterable[str], nodes: Iterable[Node], compressed: Iterable[str]
+    owners: Owners,
+    sites: Iterable[str],
+    nodes: Iterable[Node],
+    compressed: Iterable[str],
+    one_bit: Collection[str] = (),
 ) -> dict[str, Realised]:
-    """The precision of every site. ``compressed``: sites whose weights are stored as small integers."""
+    """The precision of every site. ``compressed``: sites whose weights are stored as small integers. ``one_bit``:
+    layers of the exported file that are our operations on signs."""
     computes: dict[str, list[Node]] = {}
     absorbed: dict[str, Node] = {}
     for node in nodes:
@@ -155,7 +161,8 @@ def realised(
         if site not in owners.by_layer.values():
             found[site] = Realised("folded", "no operation of its own in the file: folded into a neighbour")
         elif site in computes:
-            found[site] = _precision(computes[site], site in small)
+            signs = [node for node in computes[site] if set(node.layers) & set(one_bit)]
+            found[site] = _signed(computes[site], signs) if signs else _precision(computes[site], site in small)
         elif site in absorbed:
             found[site] = Realised("folded", f"into {absorbed[site].kind} {absorbed[site].name}")
         else:
@@ -163,6 +170,11 @@ def realised(
                 "removed", "the runtime computes nothing for it: folded into constants or conversions"
             )
     return found
+
+
+def _signed(nodes: list[Node], signs: list[Node]) -> Realised:
+    rest = ", ".join(dict.fromkeys(node.kind for node in nodes if node not in signs and node.kind not in _CONVERTING))
+    return Realised("binary", f"{XOR_POPCOUNT}; {rest} in float" if rest else XOR_POPCOUNT)
 
 
 def _precision(nodes: list[Node], compressed: bool) -> Realised:

@@ -1,28 +1,36 @@
-"""The operation of ``bitsmith-kernels`` in OpenVINO: where its extension is, and which sites it can compute."""
+"""The operations of ``bitsmith-kernels`` in OpenVINO: where their extension is, and which sites they can compute."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..export import binary
 from ..export.translations import DOMAIN
 from ..export.winograd import NCHW, OPERATION
 from ..model.formats import place
 from ..plan import Plan
 from ..site import Format, Record, Site
 from ..technique import No, Technique
+from ..techniques.binary import Binary
 from ..techniques.winograd import Winograd
-from ._cpu import direct
+from ._cpu import direct, integer_refusal
 from .base import TargetError
 
 if TYPE_CHECKING:
     import onnx
     import openvino as ov
+
+    from .openvino import OpenVino
+
+ONE_BIT = frozenset({binary.CONVOLUTION, binary.LINEAR})
+"""Operations that multiply signs by signs."""
 
 INSTALL = 'pip install ./kernels ".[kernels]", in a clone of Bitsmith, with a C++ compiler'
 AGAIN = "pip install --force-reinstall --no-deps ./kernels, in a clone of Bitsmith"
@@ -55,13 +63,25 @@ def missing() -> No | None:
     return found if isinstance(found, No) else None
 
 
+def missing_signs() -> No | None:
+    """Why OpenVINO cannot compute layers of signs here; None if it can."""
+    refusal = missing()
+    if refusal is not None:
+        return refusal
+    import bitsmith_kernels
+
+    if hasattr(bitsmith_kernels, "BinaryConv"):
+        return None
+    return No(f"these native kernels are older than those for signs; install them again with: {AGAIN}")
+
+
 def core(openvino: Any, needed: bool) -> Any:
     """OpenVINO, knowing our operation if it is needed. Raises :class:`TargetError` where it cannot be loaded."""
     if not needed:
         return openvino.Core()
     found = _known()
     if isinstance(found, No):
-        raise TargetError(f"the network has convolutions for the native kernels: {found}")
+        raise TargetError(f"the network has layers for the native kernels: {found}")
     return found
 
 
@@ -85,10 +105,11 @@ def _extended(path: Path) -> Any | No:
 
 
 def needed_by(network: Path | onnx.ModelProto) -> bool:
-    """Whether a graph, or a file of OpenVINO or ONNX, has our operation."""
+    """Whether a graph, or a file of OpenVINO or ONNX, has an operation of ours."""
     if isinstance(network, Path):
-        marks = {".xml": b'version="bitsmith"', ".onnx": OPERATION.encode()}
-        return network.suffix in marks and marks[network.suffix] in network.read_bytes()
+        names = (OPERATION.encode(), *(name.encode() for name in sorted(ONE_BIT)))
+        marks = {".xml": (b'version="bitsmith"',), ".onnx": names}.get(network.suffix, ())
+        return bool(marks) and any(mark in content for content in (network.read_bytes(),) for mark in marks)
     return any(node.domain == DOMAIN for node in network.graph.node)
 
 
@@ -132,6 +153,33 @@ def refusal(technique: Technique, site: Site, kernels: bool) -> No | None:
     if len(site.operands[1].shape) != 4 or tuple(site.operands[1].shape[2:]) != (3, 3):
         return No("native kernels are for 3x3 in two dimensions")
     return missing()
+
+
+def binary_refusal(technique: Binary, site: Site, target: OpenVino) -> No | None:
+    """Why no operation multiplies the signs of a site; None if one does."""
+    if not technique.activations:
+        return integer_refusal(technique, site, "OpenVINO")
+    if not target.kernels:
+        return No(
+            "size only: OpenVINO has no kernel for weights below 8 bits, it expands them to float; ours for signs is "
+            "used by OpenVino(kernels=True)"
+        )
+    if target.bfloat16:
+        return No(
+            "the native kernel takes float32, and OpenVino(bfloat16=True) computes all that is not int8 in bfloat16"
+        )
+    if site.kind not in ("conv2d", "linear"):
+        return No(
+            f"the native kernel for signs is for convolutions in two dimensions and linear layers, not {site.kind}"
+        )
+    groups = site.arguments.get("groups", 1)
+    if groups != 1:
+        return No(f"{groups} groups: the native kernel for signs has one")
+    weight = site.operands[1]
+    products = math.prod(weight.shape[1:])
+    if products > binary.MOST_PRODUCTS:
+        return No(f"{products} products to a sum: the native kernel for signs has room for {binary.MOST_PRODUCTS}")
+    return missing_signs()
 
 
 def adapted(technique: Winograd, site: Site, kernels: bool, reduced: bool | None) -> Technique:

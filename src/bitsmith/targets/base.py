@@ -39,8 +39,9 @@ class ArtifactError(ValueError):
 
 @dataclass(frozen=True)
 class Realised:
-    """The precision a site really ran in: ``int8``, ``float32``, ``bfloat16``, ``folded`` (absorbed by a neighbour),
-    ``removed`` (the runtime needed no computation), ``size only`` (stored small, computed in float)."""
+    """The precision a site really ran in: ``int8``, ``binary`` (signs times signs), ``float32``, ``bfloat16``,
+    ``folded`` (absorbed by a neighbour), ``removed`` (the runtime needed no computation), ``size only`` (stored small,
+    computed in float)."""
 
     precision: str
     reason: str = ""

@@ -27,6 +27,7 @@ from ..plan import Plan
 from ..site import Format, Record, Site
 from ..store import machine_key
 from ..technique import No, Technique
+from ..techniques.binary import Binary
 from ..techniques.float_ import Float
 from ..techniques.int_ import Int
 from ..techniques.winograd import Winograd
@@ -43,7 +44,8 @@ from ._cpu import (
     timings,
     values_of,
 )
-from ._openvino_graph import Owners, check_precision, compressed_sites, executed, realised, unfuse
+from ._openvino_graph import XOR_POPCOUNT, Owners, check_precision, compressed_sites, executed, realised, unfuse
+from ._openvino_kernels import ONE_BIT
 from .base import Array, Artifact, ArtifactError, Realised, SiteTimes, Source, Target, TargetError, Timing
 
 if TYPE_CHECKING:
@@ -79,7 +81,8 @@ class OpenVino(Target):
     a network that the plugin compiles to bfloat16 all the same is refused with :class:`TargetError`.
 
     ``reduced_range``: as of :class:`~bitsmith.targets.OnnxRuntime`. ``kernels``: compute what
-    :class:`~bitsmith.Winograd` asks for with the operation of ``bitsmith-kernels`` (extra ``kernels``).
+    :class:`~bitsmith.Winograd` and :class:`~bitsmith.Binary` with ``activations`` ask for with the operations of
+    ``bitsmith-kernels`` (extra ``kernels``).
 
     Activations become unsigned 8-bit affine (signed symmetric for :data:`SYMMETRIC`), weights signed 8-bit symmetric.
     Times are ``measured``, in ms per batch. Needs the extra ``openvino``.
@@ -110,6 +113,9 @@ class OpenVino(Target):
             return True
         if form != "dialect":
             return No(f"OpenVINO has no operation {form!r}")
+        if isinstance(technique, Binary):
+            refusal = _openvino_kernels.binary_refusal(technique, site, self)
+            return True if refusal is None else refusal
         if site.kind in ELEMENTWISE or (site.kind == "add" and len(site.activations) < 2):
             return No(
                 f"OpenVINO computes {site.kind} in float, fused into its neighbours: quantizing its operands saves no "
@@ -155,7 +161,7 @@ class OpenVino(Target):
         def kernel(technique: Technique, site: Site) -> Realised:
             if _needs_symmetric(site) and any(f is not None and not f.symmetric for f in technique.reads(site)):
                 return Realised(floating, f"{site.kind} in int8 takes no zero points; see adapt")
-            return Realised("int8")
+            return Realised("binary", XOR_POPCOUNT) if isinstance(technique, Binary) else Realised("int8")
 
         return promised(plan, record, self, floating, FUSING, kernel)
 
@@ -170,7 +176,7 @@ class OpenVino(Target):
         self, model: onnx.ModelProto, path: str | Path, sites: Sequence[str], plan: Plan, batch: int | None = None
     ) -> Artifact:
         """Read a graph into OpenVINO and save it, its weights and its map."""
-        exported = openvino_form(model)
+        exported = openvino_form(model, one_bit=self.kernels and _openvino_kernels.missing_signs() is None)
         return self.save(exported, path, *site_map(exported, sites), plan, batch)
 
     def save(
@@ -248,8 +254,10 @@ class OpenVino(Target):
     def inspect(self, artifact: Artifact) -> Mapping[str, Realised]:
         """From the graph that the plugin compiled."""
         owners = Owners.of(artifact.nodes, artifact.values)
-        compressed = compressed_sites(self._read(artifact.path), owners.by_layer)
-        return realised(owners, artifact.nodes, executed(self._open(artifact.path)), compressed)
+        model = self._read(artifact.path)
+        one_bit = {op.get_friendly_name() for op in model.get_ordered_ops() if op.get_type_name() in ONE_BIT}
+        compressed = compressed_sites(model, owners.by_layer)
+        return realised(owners, artifact.nodes, executed(self._open(artifact.path)), compressed, one_bit)
 
     def site_times(self, artifact: Artifact, rounds: int = 30) -> SiteTimes:
         """From the plugin's counters, summed per site: median over three fresh compilations, each the mean of a third

@@ -13,6 +13,7 @@ from ..numerics import dialect
 from ..numerics.binarize import binarize, binarize_at_random, channel_scale
 from ..numerics.derived import Derived
 from ..numerics.noise import uniform
+from ..numerics.weights import folded_affine
 from ..site import Record, Site
 from ..technique import Cell, No, Technique
 
@@ -44,8 +45,10 @@ class Binary(Technique):
     doi:10.3389/fnins.2019.01383; :class:`~bitsmith.ResistiveBit` gives rates). Drawn anew in each forward in training
     and fixed in eval; another ``seed`` of ``apply`` is another memory.
 
-    No runtime here has a kernel of one bit: an exported file has the weights in 4 bits where the format has those,
-    and runs them in float.
+    With ``activations`` a batch normalisation behind the layer is absorbed in eval, and what is simulated there are
+    exact sums of signs, times a float32 and plus another by output channel: what the native kernel of
+    ``bitsmith-kernels`` computes in OpenVINO, bit for bit. Elsewhere an exported file has the weights in 4 bits where
+    the format has those, and runs them in float.
 
     >>> Binary(activations=True, cancel_gradient=0.5)
     Binary(activations=True, cancel_gradient=0.5)
@@ -91,7 +94,7 @@ class Binary(Technique):
         return True
 
     def form(self, site: Site) -> str:
-        """``dialect``: weights are stored as integers; no target has a kernel that would keep them so."""
+        """``dialect``: weights are stored as integers, and a sign is a comparison."""
         return "dialect"
 
     def bits(self, site: Site) -> float:
@@ -115,7 +118,8 @@ class _BinaryCell(Cell):
     """Signs of the latent weights, before them their scales.
 
     ``seeds`` int64 [2] and ``draw`` int64 (): what is drawn, there where anything is. ``materialise`` stores what
-    ships: ``weight_q4`` int8 of -1 and +1, ``weight_scale`` and ``weight_zero_point``.
+    ships: ``weight_q4`` int8 of -1 and +1, ``weight_scale`` (never negative: a normalisation that turns a channel's
+    sign turns its weights) and ``weight_zero_point``, and ``bias_f`` [out] where a normalisation was absorbed.
     """
 
     fresh = True
@@ -123,12 +127,14 @@ class _BinaryCell(Cell):
     def __init__(self, site: Site, technique: Binary, record: Record, rng: torch.Generator) -> None:
         super().__init__(site)
         self.technique = technique
+        self.folds = technique.activations
         self.frozen = False
         self.cancelling = technique.cancel_gradient == "always"
         self.clipping = technique.clip_weights == "always"
         # in a tuple, as they belong to the network; a parameter alone can be clipped in its place
         self.latent: tuple[Tensor, ...] = ()
-        self._kept: Derived[tuple[Tensor, Tensor]] = Derived()
+        self.axes = 0 if site.kind == "linear" else int(site.kind[-2])  # behind that of the channels
+        self._kept: Derived[tuple[Tensor, Tensor, Tensor | None]] = Derived()
         self.scale: nn.Parameter | None = None
         if technique.scaling == "learned":
             self.scale = nn.Parameter(channel_scale(record.weights[site.name, 1].detach().float()))
@@ -140,25 +146,62 @@ class _BinaryCell(Cell):
         dialect.load()
 
     def forward(self, x: Tensor, weight: Tensor, **rest: Any) -> Any:
-        given = self.read(0, x)
-        if self.technique.activations:
-            given = binarize(given, self.cancelling)
-        return self.op(given, self._weight(weight), **rest)
-
-    def _weight(self, weight: Tensor) -> Tensor:
+        given, bias = self.read(0, x), rest.get("bias")
         if self.frozen:
-            names = ("weight_q4", "weight_scale", "weight_zero_point")
-            stored, scale, zero = (self.get_buffer(name) for name in names)
-            return dialect.dequantize_weight(stored, scale, zero, 0 if scale.dim() else None, 4)
+            return self._shipped(given, rest)
         if self.training and weight.is_leaf and weight.requires_grad:
             self.latent = (weight,)
+        if self.technique.activations:
+            given = binarize(given, self.cancelling)
+        if self.technique.activations and not self.training:
+            bits, scale, shift = self._summed(weight, bias)
+            found = self.op(given, bits, **{**rest, "bias": None})  # exact, whatever the order of the sum
+            found = found * self._along(scale, found) if scale.dim() else found
+            return found if shift is None else found + self._along(shift, found)
+        found = self.op(given, self._weight(weight), **rest)
+        if not self.norm or self.norm[0].training:
+            return found
+        factor, shift = self._affine()
+        return found * self._along(factor, found) + self._along(shift, found)
+
+    def _along(self, factor: Tensor, like: Tensor) -> Tensor:
+        """One factor by output channel."""
+        return factor.to(like.dtype).view(-1, *[1] * self.axes)
+
+    def _affine(self) -> tuple[Tensor, Tensor]:
+        """Of the normalisation behind, by output channel: factor and what is added."""
+        module: Any = self.norm[0]
+        return folded_affine(module.running_mean, module.running_var, module.weight, module.bias, module.eps)
+
+    def _summed(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """-1 and +1, and what a sum is multiplied by and what is added to it, as they are kept in eval."""
+        norm: tuple[Any, ...] = ()
+        if self.norm:
+            module: Any = self.norm[0]
+            norm = (module.running_mean, module.running_var, module.weight, module.bias)
+
+        def compute() -> tuple[Tensor, Tensor, Tensor | None]:
+            bits, scale = self._packed(weight)
+            if not self.norm or self.norm[0].training:
+                return bits, scale, bias
+            factor, shift = self._affine()
+            return bits, scale * factor, shift if bias is None else shift + bias * factor
+
+        if self.norm and self.norm[0].training:
+            return compute()
+        return self._kept.of([t for t in (*self._sources(weight), bias, *norm) if t is not None], compute)
+
+    def _sources(self, weight: Tensor) -> list[Tensor]:
+        """What the bits and their scales are made of."""
         drawn = (self.seeds, self.draw) if self.technique.error_rate else ()
-        sources = [weight, *drawn, *(() if self.scale is None else (self.scale,))]
+        return [weight, *drawn, *(() if self.scale is None else (self.scale,))]
+
+    def _weight(self, weight: Tensor) -> Tensor:
         if self.training:  # where weights may be drawn
             self._kept.clear()
             bits, scale = self._packed(weight)
         else:
-            bits, scale = self._kept.of(sources, lambda: self._packed(weight))
+            bits, scale, _ = self._kept.of(self._sources(weight), lambda: (*self._packed(weight), None))
         return bits if self.technique.scaling == "none" else bits * scale.view(-1, *[1] * (weight.dim() - 1))
 
     def _packed(self, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,10 +245,25 @@ class _BinaryCell(Cell):
     def materialise(self) -> None:
         if self._kept.value is None:  # the example does not come here
             return
-        bits, scale = self._kept.value
-        self.register_buffer("weight_q4", bits.detach().to(torch.int8))
-        self.register_buffer("weight_scale", scale.detach().float().clone())
+        bits, scale, shift = (None if one is None else one.detach() for one in self._kept.value)
+        assert bits is not None
+        assert scale is not None
+        turned = (scale < 0).view(-1, *[1] * (bits.dim() - 1))
+        self.register_buffer("weight_q4", torch.where(turned, -bits, bits).to(torch.int8))
+        self.register_buffer("weight_scale", scale.abs().float())
         self.register_buffer("weight_zero_point", torch.zeros(scale.shape, dtype=torch.int64, device=scale.device))
+        if self.norm and shift is not None:
+            self.register_buffer("bias_f", shift.float().clone())
         self._kept.clear()
         self.latent = ()
         self.frozen = True
+
+    def _shipped(self, x: Tensor, rest: dict[str, Any]) -> Any:
+        names = ("weight_q4", "weight_scale", "weight_zero_point")
+        stored, scale, zero = (self.get_buffer(name) for name in names)
+        weight = dialect.dequantize_weight(stored, scale, zero, 0 if scale.dim() else None, 4)
+        if self.technique.activations:
+            x = torch.where(x >= 0, 1.0, -1.0)  # what a native kernel is recognised by
+        if "bias_f" in self._buffers:
+            rest = {**rest, "bias": self.get_buffer("bias_f")}
+        return self.op(x, weight, **rest)
