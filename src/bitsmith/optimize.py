@@ -103,8 +103,7 @@ def optimize(
     offered = list(techniques) if techniques is not None else [Int(8, 8)]
     evaluate = Evaluator(bench, steps_for(bench) if prepare is None else prepare, certainty)
     _dry_run(evaluate, offered)
-    if "mj" in (minimize, *budget.limits) and target.energy(bench.artifact(Plan())) is None:
-        raise ValueError(f"{target.name} gives no energy: leave mj out, or take a target that has it")
+    bench.check({minimize, *budget.limits})
     profiled = measure(bench, offered, sensitivity, executor=executor)
     failure: BudgetError | None = None
     try:
@@ -217,6 +216,8 @@ def _finish(
         plan_bytes=artifact.bytes,
         float_mj=target.energy(bench.artifact(Plan())),
         plan_mj=target.energy(artifact),
+        float_mm2=target.area(bench.artifact(Plan())),
+        plan_mm2=target.area(artifact),
         float_sites=bench.site_times(Plan()),
         plan_sites=bench.site_times(plan),
         sites=bench.net.record.sites,

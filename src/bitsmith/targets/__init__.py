@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from .base import Artifact, ArtifactError, Realised, SiteTimes, Target, TargetError, Timing
+from .digital import DigitalAccelerator
+from .energy_table import EnergyTable, EnergyTableError, Entry
 from .onnxruntime import OnnxRuntime
 from .openvino import OpenVino
 from .roofline import Roofline
@@ -10,6 +12,10 @@ from .roofline import Roofline
 __all__ = [
     "Artifact",
     "ArtifactError",
+    "DigitalAccelerator",
+    "EnergyTable",
+    "EnergyTableError",
+    "Entry",
     "OnnxRuntime",
     "OpenVino",
     "Realised",
