@@ -15,37 +15,15 @@ from hypothesis import strategies as st
 import bitsmith as bs
 import smallnet
 from bitsmith.model.network import network
-from bitsmith.site import Operand, Site
-from bitsmith.targets import DigitalAccelerator, EnergyTable, EnergyTableError, Entry
+from bitsmith.site import Site
+from bitsmith.targets import DigitalAccelerator, EnergyTable, EnergyTableError
 from bitsmith.targets._accelerator import Product, product_of
 from bitsmith.technique import No
 from bitsmith.testing import check_target
+from targets_by_hand import TABLE, linear
 
-TABLE = EnergyTable(
-    "toy",
-    (
-        Entry("int_add", 32, 0.1, 200.0),
-        Entry("int_multiply", 8, 0.2, 600.0),
-        Entry("float_add", 32, 0.9, 2000.0),
-        Entry("float_multiply", 32, 3.7, 3000.0),
-        Entry("register", 1, 0.01, 6.0),
-        Entry("sram_read_8KiB", 64, 10.0),
-        Entry("dram_read_low", 64, 1300.0),
-        Entry("dram_read_high", 64, 2600.0),
-    ),
-    "made up",
-)
 CHIP = DigitalAccelerator(TABLE, rows=4, columns=8, clock_mhz=100.0, buffer_kib=8.0, dram_gb_s=1.0)
 SRAM, DRAM = 10.0 / 64, 1300.0 / 64
-
-
-def linear(batch: int, inputs: int, outputs: int, calls: int = 1, tensor: str = "before") -> Site:
-    operands = (
-        Operand("input", tensor, (batch, inputs), "float32"),
-        Operand("weight", "fc<1", (outputs, inputs), "float32", constant=True, key="fc.weight"),
-    )
-    macs = batch * inputs * outputs * calls
-    return Site("fc", "linear", "fc", "integer", operands, ("fc",), ((batch, outputs),), calls=calls, macs=macs)
 
 
 def test_a_small_layer_in_8_bits_by_hand() -> None:

@@ -116,8 +116,8 @@ class Report:
     ``budget``: the limits by name (``ms``, ``mib``, ``mj``, ``mm2``, ``drop``); ``missed``: by how much, in the limit's
     unit. ``drop``: how much worse the plan is than float, paired by sample; positive is worse whichever way it goes.
     ``split``: which samples the accuracies come from. ``time_parts``: ms of the plan's sites, conversions and
-    other nodes under the profiler; ``time_whole``: median ms of the whole run without it. ``predicted``: what the search
-    expected (``ms``, ``bytes``, ``loss``, ``drop``). ``store``: ``hits`` and ``misses`` of stored measurements.
+    other nodes under the profiler; ``time_whole``: median ms of the whole run without it. ``predicted``: what the
+    search expected (``ms``, ``bytes``, ``loss``, ``drop``). ``store``: ``hits`` and ``misses`` of stored measurements.
     ``training``: the steps of a training under the plan; ``training_metric``: what was validated in it.
     """
 

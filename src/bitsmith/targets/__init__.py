@@ -8,10 +8,13 @@ from .energy_table import EnergyTable, EnergyTableError, Entry
 from .onnxruntime import OnnxRuntime
 from .openvino import OpenVino
 from .roofline import Roofline
+from .storage import Connections, best_format, controller_pj, crossovers, storage_pj, stored_bits
+from .systolic import SystolicArray
 
 __all__ = [
     "Artifact",
     "ArtifactError",
+    "Connections",
     "DigitalAccelerator",
     "EnergyTable",
     "EnergyTableError",
@@ -21,7 +24,13 @@ __all__ = [
     "Realised",
     "Roofline",
     "SiteTimes",
+    "SystolicArray",
     "Target",
     "TargetError",
     "Timing",
+    "best_format",
+    "controller_pj",
+    "crossovers",
+    "storage_pj",
+    "stored_bits",
 ]

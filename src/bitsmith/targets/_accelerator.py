@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +109,7 @@ def moved_bits(site: Site, technique: Technique) -> tuple[float, float]:
     return read, written * 8 * value_bytes(output_format(site, technique), technique)
 
 
-class Modelled(Target):
+class Modelled(Target, ABC):
     """A target that is formulas only. Subclasses give ``cost``, ``site_energy`` and so on.
 
     The exported file is the ONNX file that ONNX Runtime gets: its size is a real one, and it can be run there to check

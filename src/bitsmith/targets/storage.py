@@ -94,7 +94,11 @@ def run_tokens(connections: Connections, run_bits: int = 4) -> float:
         raise ValueError(f"run_bits={run_bits}: must be 1 or more")
     if connections.density == 0.0:
         return connections.rows * connections.columns / 2.0**run_bits
-    return connections.taken / (1.0 - math.pow(1.0 - connections.density, 2.0**run_bits))
+    if connections.density == 1.0:
+        return connections.taken
+    # 1 - (1 - d)^(2^r), exact for small d
+    ends = -math.expm1(2.0**run_bits * math.log1p(-connections.density))
+    return connections.taken / ends
 
 
 def encode_runs(taken: Sequence[bool], run_bits: int = 4) -> int:
