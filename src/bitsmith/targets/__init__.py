@@ -10,15 +10,20 @@ from .openvino import OpenVino
 from .roofline import Roofline
 from .storage import Connections, best_format, controller_pj, crossovers, storage_pj, stored_bits
 from .systolic import SystolicArray
+from .unzip_fpga import Design, DesignError, Layer, LayerCost, UnzipFpga
 
 __all__ = [
     "Artifact",
     "ArtifactError",
     "Connections",
+    "Design",
+    "DesignError",
     "DigitalAccelerator",
     "EnergyTable",
     "EnergyTableError",
     "Entry",
+    "Layer",
+    "LayerCost",
     "OnnxRuntime",
     "OpenVino",
     "Realised",
@@ -28,6 +33,7 @@ __all__ = [
     "Target",
     "TargetError",
     "Timing",
+    "UnzipFpga",
     "best_format",
     "controller_pj",
     "crossovers",
