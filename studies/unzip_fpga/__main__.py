@@ -109,8 +109,8 @@ def plot(names: Sequence[str], found: Rows, path: Path) -> None:
     figure = Figure(figsize=(7.0, 4.0), layout="constrained")
     FigureCanvasSVG(figure)
     axes = figure.add_subplot()
-    styles = ["-", "-", *[":"] * (len(ENGINES) - 6), *["--"] * 4]
-    for engine, style in zip(ENGINES, styles, strict=True):
+    for engine in ENGINES:
+        style = ":" if engine.kept < 1.0 else "-" if engine.ratio is None else "--"
         values = [speedups(names, found, engine, DENSE, bandwidth) for bandwidth in BANDWIDTHS]
         means = [statistics.geometric_mean(v) if v else float("nan") for v in values]
         axes.plot(BANDWIDTHS, means, style, marker="o", markersize=4, label=engine.name)

@@ -12,9 +12,9 @@ import torch
 from bitsmith.model.network import network
 from bitsmith.targets import Design, Layer, UnzipFpga
 from bitsmith.zoo.resnet import resnet18, resnet34, resnet50
-from bitsmith.zoo.squeezenet import squeezenet
+from bitsmith.zoo.squeezenet import squeezenet1_0
 
-NETWORKS = {"ResNet-18": resnet18, "ResNet-34": resnet34, "ResNet-50": resnet50, "SqueezeNet": squeezenet}
+NETWORKS = {"ResNet-18": resnet18, "ResNet-34": resnet34, "ResNet-50": resnet50, "SqueezeNet": squeezenet1_0}
 GB_S, BANDWIDTHS = 4.2, (1.0, 0.5, 0.25)
 BUDGET = UnzipFpga(Design(1, 1, 1), dsps=900, bram_kib=2452.5, gb_s=GB_S, clock_mhz=150.0)
 """A Zynq 7045 (the ZC706 board): 900 DSPs and 545 block memories of 36 Kib."""
@@ -25,24 +25,28 @@ KEPT = (0.88, 0.82, 0.72, 0.56)
 @dataclass(frozen=True)
 class Engine:
     """A way to store weights and the engine for it. ``ratio``: of generated weights; ``kept``: of channels;
-    ``selective``: idle units help; ``free``: ratios are raised in layers where that costs no time."""
+    ``selective``: idle units help; ``free``: ratios are raised in layers where that costs no time; ``keeps``: a layer's
+    weights stay on the chip if they fit."""
 
     name: str
     ratio: float | None = None
     kept: float = 1.0
     selective: bool = False
     free: bool = False
+    keeps: bool = False
 
 
 DENSE = Engine("dense")
 ENGINES: tuple[Engine, ...] = (
     DENSE,
     Engine("dense, selective", selective=True),
+    Engine("dense, keeps weights", selective=True, keeps=True),
     *(Engine(f"pruned, {kept:.0%} of channels", kept=kept) for kept in KEPT),
     Engine("generated, ratio 0.5, not selective", ratio=0.5),
     Engine("generated, ratio 0.5", ratio=0.5, selective=True),
     Engine("generated, ratio 0.25", ratio=0.25, selective=True),
     Engine("generated, ratio 0.25, raised where free", ratio=0.25, selective=True, free=True),
+    Engine("generated, ratio 0.25, keeps weights", ratio=0.25, selective=True, keeps=True),
 )
 
 
@@ -94,6 +98,7 @@ def layers(found: Sequence[Shape], engine: Engine, ratios: Mapping[str, float] |
 def modelled(found: Sequence[Shape], engine: Engine, bandwidth: float) -> dict[str, object]:
     """The best design of an engine for these layers at a share of the bandwidth, and what it takes."""
     budget = dataclasses.replace(BUDGET, gb_s=GB_S * bandwidth, selective=engine.selective)
+    budget = dataclasses.replace(budget, keeps_weights=engine.keeps)
     chosen = layers(found, engine)
     best = budget.best(chosen)
     if engine.free:
@@ -118,7 +123,7 @@ def raised(found: Sequence[Shape], engine: Engine, best: UnzipFpga) -> dict[str,
     for shape, least in zip(found, layers(found, engine), strict=True):
         limit = best.layer_cost(least).total * (1 + 1e-9)
         for ratio in RATIOS:
-            tried = next(l for l in layers(found, engine, {shape.name: ratio}) if l.name == shape.name)
+            tried = next(one for one in layers(found, engine, {shape.name: ratio}) if one.name == shape.name)
             if ratio == engine.ratio or best.layer_cost(tried).total <= limit:
                 chosen[shape.name] = ratio
                 break

@@ -26,7 +26,8 @@ def tile_by_tile(layer: Layer, engine: UnzipFpga) -> tuple[float, float]:
     d, per_cycle = engine.design, engine.gb_s * 1e9 / (engine.clock_mhz * 1e6)
     value = layer.value_bytes
     held = 2 * ((d.rows * d.depth + d.depth * d.columns) * value + d.rows * d.columns * 4)
-    kept = layer.weight_bytes <= engine.bram_kib * 1024 - held
+    may = engine.keeps_weights or layer.codes > 0
+    kept = may and layer.weight_bytes <= engine.bram_kib * 1024 - held
     down = math.ceil(layer.positions / d.rows)
     cycles, moved = 0.0, 0.0
     for top in range(0, layer.positions, d.rows):
@@ -59,9 +60,9 @@ layers = st.builds(
 
 
 @settings(max_examples=150, deadline=None)
-@given(layers, st.booleans())
-def test_a_layer_costs_what_its_tiles_cost(layer: Layer, selective: bool) -> None:
-    engine = dataclasses.replace(ENGINE, selective=selective)
+@given(layers, st.booleans(), st.booleans())
+def test_a_layer_costs_what_its_tiles_cost(layer: Layer, selective: bool, keeps: bool) -> None:
+    engine = dataclasses.replace(ENGINE, selective=selective, keeps_weights=keeps)
     cycles, moved = tile_by_tile(layer, engine)
     found = engine.layer_cost(layer)
     assert found.total == pytest.approx(cycles, rel=1e-9)

@@ -126,9 +126,10 @@ class UnzipFpga(Modelled):
 
     The published performance model is not repeated here; this one has the same parts. A layer is cut in
     ``ceil(P / T_R) ceil(C / T_C)`` tiles; a tile computes in ``T_R ceil(N / T_P)`` cycles, generates its weights in
-    ``ceil(J N T_C / M)``, and moves its inputs, weights and outputs over one external bus. The three overlap. Weights,
-    or coefficients, are moved once if all of the layer's fit beside the buffers, else once for each row of tiles;
-    inputs once for each column of tiles. ``selective``: in the last column idle units take rows of the same tile.
+    ``ceil(J N T_C / M)``, and moves its inputs, weights and outputs over one external bus. The three overlap. Inputs
+    are moved once for each column of tiles, weights once for each row of tiles; a layer's coefficients once, if they
+    fit beside the buffers, and with ``keeps_weights`` its weights too. ``selective``: in the last column of tiles idle
+    units take rows of the same tile.
 
     ``dsps``, ``bram_kib`` (KiB = 2^10 bytes), ``gb_s`` (GB/s = 10^9 bytes), ``clock_mhz``: the budget. ``design``: the
     tile sizes. ``value_bytes``: of the engine's own fixed-point format, in which what a plan leaves in float is
@@ -144,6 +145,7 @@ class UnzipFpga(Modelled):
     clock_mhz: float = 150.0
     value_bytes: float = 2.0
     selective: bool = True
+    keeps_weights: bool = False
 
     def __post_init__(self) -> None:
         least = dict.fromkeys(("bram_kib", "gb_s", "clock_mhz", "value_bytes"), 1e-9)
@@ -261,9 +263,9 @@ class UnzipFpga(Modelled):
         """Nothing: values pass the format on their way to the bus."""
         return 0.0
 
-    def _machine(self) -> tuple[float, float, bool]:
-        """Bytes a cycle, bytes on the chip, selective."""
-        return self.gb_s * 1e9 / (self.clock_mhz * 1e6), self.bram_kib * 2**10, self.selective
+    def _machine(self) -> tuple[float, float, bool, bool]:
+        """Bytes a cycle, bytes on the chip, ``selective``, ``keeps_weights``."""
+        return self.gb_s * 1e9 / (self.clock_mhz * 1e6), self.bram_kib * 2**10, self.selective, self.keeps_weights
 
     def settings(self) -> dict[str, Any]:
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "design"}
@@ -276,7 +278,8 @@ class UnzipFpga(Modelled):
             f"{self.clock_mhz:g} MHz; {d.dsps} of {self.dsps} DSPs, {self.bram_kib:g} KiB on the chip, "
             f"{self.gb_s:g} GB/s for all transfers",
             "computing, generating and moving overlap tile by tile; a multiply-accumulate unit is one DSP, a lane too",
-            "inputs are moved once for each column of tiles, weights for each row unless a layer's fit on the chip",
+            "inputs are moved once for each column of tiles, weights for each row of tiles; coefficients "
+            f"{'and weights ' if self.keeps_weights else ''}once a layer, where they fit on the chip",
             f"what stays in float is computed and moved in fixed point of {8 * self.value_bytes:g} bits; additions and "
             "pooling cost their transfers, normalisation and ReLU-like functions nothing",
             "the performance model is Bitsmith's own: the published one was not available",
@@ -304,15 +307,16 @@ Grid = NDArray[np.float64]
 
 
 def _cycles(
-    layer: Layer, rows: Grid, depth: Grid, columns: Grid, lanes: Grid, machine: tuple[float, float, bool]
+    layer: Layer, rows: Grid, depth: Grid, columns: Grid, lanes: Grid, machine: tuple[float, float, bool, bool]
 ) -> tuple[Grid, Grid, Grid, Grid, Grid]:
     """Compute, generate, transfer and total cycles, and bytes moved, of one layer under many designs at once."""
-    per_cycle, capacity, selective = machine
+    per_cycle, capacity, selective, keeps = machine
     value, stored = layer.value_bytes, layer.weight_bytes
     down, across = np.ceil(layer.positions / rows), np.ceil(layer.outputs / columns)
     steps, ways = np.ceil(layer.depth / depth), np.maximum(lanes, 1.0)
     buffers = 2.0 * ((rows * depth + depth * columns) * value + rows * columns * _ACCUMULATOR_BYTES)
-    again = np.where(stored <= capacity - buffers, down, 1.0)  # weights that are kept are moved for one row of tiles
+    kept = stored <= capacity - buffers if keeps or layer.codes else np.zeros_like(rows)
+    again = np.where(kept, down, 1.0)  # what is kept is moved once, for all rows of tiles
     compute, generate, moved, total = (np.zeros_like(rows) for _ in range(4))
     last_rows, last_columns = layer.positions - (down - 1) * rows, layer.outputs - (across - 1) * columns
     for tall, high in ((rows, down - 1), (last_rows, np.ones_like(rows))):
