@@ -70,7 +70,10 @@ def add_budget(parser: ArgumentParser) -> None:
 
 def add_techniques(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "--techniques", nargs="+", metavar="T", help="what may be put at a site, such as 'Int(8, 8)' 'Int(4, 8)'"
+        "--techniques",
+        nargs="+",
+        metavar="T",
+        help="what may be put at a site, such as 'Int(8, 8)' 'Int(4, 8)'; explore also takes: all",
     )
 
 
