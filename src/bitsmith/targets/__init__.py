@@ -11,6 +11,7 @@ from .roofline import Roofline
 from .storage import Connections, best_format, controller_pj, crossovers, storage_pj, stored_bits
 from .systolic import SystolicArray
 from .unzip_fpga import Design, DesignError, Layer, LayerCost, UnzipFpga
+from .zigzag import ZigZag
 
 __all__ = [
     "Artifact",
@@ -34,6 +35,7 @@ __all__ = [
     "TargetError",
     "Timing",
     "UnzipFpga",
+    "ZigZag",
     "best_format",
     "controller_pj",
     "crossovers",
