@@ -30,7 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("chosen", "bench", "deploy", "load", "quantize", "accelerate", "runner"),
     ("costs", "scoring", "profile", "verify", "gradual", "workers"),
     ("search", "evaluate", "report", "learn", "searches", "sensitivities"),
-    ("optimize", "_conformance", "testing", "zoo"),
+    ("optimize", "explore", "_conformance", "testing", "zoo"),
     ("__init__",),
     ("cli", "__main__"),
 )

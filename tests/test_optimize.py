@@ -236,7 +236,7 @@ def test_what_to_minimize_must_be_said_before_anything_is_measured(budget: bs.Bu
 
 
 def test_unknown_objective() -> None:
-    with pytest.raises(ValueError, match="must be one of ms, mib, mj, drop"):
+    with pytest.raises(ValueError, match="must be one of ms, mib, mj, mm2, drop"):
         bs.optimize(small(), task(), MockTarget(), bs.Budget(drop=0.1), minimize="flops")
 
 

@@ -23,6 +23,9 @@ from .data import ModelRunError as ModelRunError
 from .data import Unlabelled as Unlabelled
 from .deploy import export as export
 from .evaluate import evaluator as evaluator
+from .explore import Explored as Explored
+from .explore import every_technique as every_technique
+from .explore import explore as explore
 from .export.program import ExportError as ExportError
 from .gradual import Certainty as Certainty
 from .learn.choice import LearnedPlan as LearnedPlan
@@ -128,6 +131,7 @@ __all__ = [
     "Equalise",
     "EqualiseDepthwise",
     "Evaluation",
+    "Explored",
     "ExportError",
     "Float",
     "Format",
@@ -181,6 +185,8 @@ __all__ = [
     "default_steps",
     "differentiable_search",
     "evaluator",
+    "every_technique",
+    "explore",
     "export",
     "finetune",
     "learn_precision",

@@ -41,6 +41,21 @@ def check_writable(folder: str | Path) -> Path:
     return folder
 
 
+def data_root() -> Path | None:
+    """The data folder, or None where there is none.
+
+    ``BITSMITH_DATA`` if it is set (only there then), otherwise ``../shared/data`` beside the working directory or
+    beside the repository that this file lies in.
+    """
+    given = os.environ.get("BITSMITH_DATA")
+    if given:
+        places = [Path(given).expanduser()]
+    else:
+        repository = Path(__file__).resolve().parents[2]
+        places = [base.parent / "shared" / "data" for base in (Path.cwd(), repository)]
+    return next((place.resolve() for place in places if place.is_dir()), None)
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

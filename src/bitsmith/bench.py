@@ -304,6 +304,27 @@ class Bench:
         bare = without_values(plan)
         return None if bare.prepare else self.target.computed(bare, self.net.record, self.batch)
 
+    def figures(self, plan: Plan) -> dict[str, float | None]:
+        """``mj`` and ``mm2`` of an adapted plan, None where the target has none of it."""
+        base = self.artifact(Plan())
+        named = {"mj": self.target.energy, "mm2": self.target.area}
+        has = {name: of(base) is not None for name, of in named.items()}
+        if not any(has.values()):
+            return dict.fromkeys(named)
+        bare = without_values(plan)
+        found = None if bare.prepare else self.target.figures(bare, self.net.record, self.batch)
+        if found is not None:
+            return {name: found.get(name) for name in named}
+        artifact = self.artifact(plan)
+        return {name: of(artifact) if has[name] else None for name, of in named.items()}
+
+    def check(self, quantities: Iterable[str]) -> None:
+        """Raise ``ValueError`` for a quantity that this target has not."""
+        figures = self.figures(Plan())
+        for name, named in (("mj", "energy"), ("mm2", "area")):
+            if name in quantities and figures[name] is None:
+                raise ValueError(f"{self.target.name} gives no {named}: leave {name} out, or take a target that has it")
+
     def size(self, plan: Plan) -> int:
         """Bytes of an adapted plan's file; where times need none, of the float file with the plan's weights in it."""
         if not plan.sites or self._computed(plan) is None:

@@ -76,7 +76,7 @@ class Evaluator:
         self._collect(adapted)
         costs = self.costs(plan)
         judged = self._judged(adapted)
-        taken = {name: getattr(costs, name) for name in ("ms", "ms_spread", "bytes", "mj", "float_ms", "source")}
+        taken = {name: getattr(costs, name) for name in ("ms", "ms_spread", "bytes", "mj", "mm2", "float_ms", "source")}
         return dataclasses.replace(judged, **taken)
 
     def _judged(self, adapted: Plan) -> Evaluation:
@@ -103,13 +103,14 @@ class Evaluator:
         if self._decisions is not None:
             self._decisions.quiet()
         plain, timing = bench.steady_times([Plan(), timed], self._rounds, _MOST_ROUNDS)
-        has_energy = bench.target.energy(bench.artifact(Plan())) is not None
+        figures = bench.figures(timed)
         return Evaluation(
             plan=adapted,
             ms=timing.ms,
             ms_spread=timing.spread,
             bytes=bench.size(timed),
-            mj=bench.target.energy(bench.artifact(timed)) if has_energy else None,
+            mj=figures["mj"],
+            mm2=figures["mm2"],
             float_ms=plain.ms,
             source=bench.target.source,
         )

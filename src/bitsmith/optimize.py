@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from .gradual import CERTAINTY, Certainty
 from .plan import Budget, Plan
 from .prepare.correct_bias import CorrectBias
 from .profile import Profile, measure
-from .progress import Progress, Silent
+from .progress import Progress, Silent, counted
 from .report.compose import report
 from .report.data import Report
 from .search import BudgetError, Result, Search, objective, search
@@ -106,12 +106,11 @@ def optimize(
     steps = (() if trained else steps_for(bench)) if prepare is None else prepare
     evaluate = Evaluator(bench, steps, certainty)
     _dry_run(evaluate, offered)
-    if "mj" in (minimize, *budget.limits) and target.energy(bench.artifact(Plan())) is None:
-        raise ValueError(f"{target.name} gives no energy: leave mj out, or take a target that has it")
+    bench.check({minimize, *budget.limits})
     profiled = measure(bench, offered, sensitivity, executor=executor, trained=trained)
     failure: BudgetError | None = None
     try:
-        result = search(profiled, budget, minimize, method or Exact(), evaluate, _told(progress), executor=executor)
+        result = search(profiled, budget, minimize, method or Exact(), evaluate, counted(progress), executor=executor)
     except BudgetError as error:
         failure, result = error, error.best
     finished = _finish(evaluate, profiled, result, budget, place, title)
@@ -142,19 +141,6 @@ def _dry_run(evaluate: Evaluator, offered: Sequence[Technique]) -> None:
         f"{len(bench.net.record.sites)} sites, {sites} of them can change; float: {reference}; "
         f"about {max(minutes, 0.1):.1f} minutes if nothing is in the store yet"
     )
-
-
-def _told(progress: Progress) -> Callable[[str, int, int], None]:
-    seen: dict[str, int] = {}
-
-    def tell(what: str, done: int, total: int) -> None:
-        if what not in seen:
-            seen[what] = 0
-            progress.start(what, total)
-        progress.advance(done - seen[what])
-        seen[what] = done
-
-    return tell
 
 
 def _notes(evaluate: Evaluator, profiled: Profile, result: Result) -> tuple[str, ...]:
@@ -220,6 +206,8 @@ def _finish(
         plan_bytes=artifact.bytes,
         float_mj=target.energy(bench.artifact(Plan())),
         plan_mj=target.energy(artifact),
+        float_mm2=target.area(bench.artifact(Plan())),
+        plan_mm2=target.area(artifact),
         float_sites=bench.site_times(Plan()),
         plan_sites=bench.site_times(plan),
         sites=bench.net.record.sites,

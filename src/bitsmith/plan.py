@@ -245,7 +245,8 @@ _READERS: Mapping[int, Callable[[Mapping[str, Any], Sequence[type]], Plan]] = {1
 @dataclass(frozen=True)
 class Budget:
     """Limits; None is no limit. ``ms`` per batch, ``mib`` of the exported file (2^20 bytes), ``mj`` per batch,
-    ``drop``: absolute, in the metric's mean (0.01 is one point of a fraction).
+    ``mm2`` of the chip on a target that models one, ``drop``: absolute, in the metric's mean (0.01 is one point of a
+    fraction).
 
     >>> Budget(drop=0.01).limits
     {'drop': 0.01}
@@ -255,10 +256,11 @@ class Budget:
     mib: float | None = None
     mj: float | None = None
     drop: float | None = None
+    mm2: float | None = None
 
     def __post_init__(self) -> None:
         if not self.limits:
-            raise ValueError("Budget(): name at least one limit: ms, mib, mj or drop")
+            raise ValueError("Budget(): name at least one limit: ms, mib, mj, mm2 or drop")
         for name, limit in self.limits.items():
             if not isinstance(limit, (int, float)) or isinstance(limit, bool) or limit != limit:
                 raise ValueError(f"Budget({name}={limit!r}): must be a number")

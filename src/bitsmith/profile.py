@@ -6,7 +6,7 @@ import dataclasses
 import fnmatch
 import functools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +26,8 @@ from .sensitivity.base import Sensitivity, Spent, name_of
 from .sensitivity.inter_layer import DIAGONAL
 from .site import Edge, Site, UnknownSiteError
 from .store import Store
-from .targets.base import Target
-from .targets.roofline import scaled
+from .targets._formulas import scaled
+from .targets.base import Artifact, Target
 from .task import Task
 from .technique import No, Technique
 from .techniques.float_ import Float
@@ -39,8 +39,9 @@ SCHEMA = 2
 class Row:
     """One site under one technique. ``loss``: what it loses alone (relative squared output error or task loss rise).
 
-    ``ms`` per batch, ``bytes`` of its weights in the file, ``mj`` per batch: its ms at the float network's mean power,
-    None on a target without energy. ``refused``: why the target does not
+    ``ms`` per batch, ``bytes`` of its weights in the file, ``mj`` per batch: as the target models it, else its ms at
+    the float network's mean power; None on a target without energy. ``mm2``: what it adds to a modelled chip, None on a
+    target without area. ``refused``: why the target does not
     offer it; such a row is never chosen. ``reads``, ``writes``: formats at its operands and its output ("float", "u8").
     """
 
@@ -53,11 +54,12 @@ class Row:
     refused: str = ""
     reads: tuple[str, ...] = ()
     writes: str = "float"
+    mm2: float | None = None
 
 
 @dataclass(frozen=True)
 class EdgeRow:
-    """The cost of handing one tensor from ``producer`` to ``consumer`` when their formats are these, ms per batch."""
+    """The cost of handing one tensor from ``producer`` to ``consumer`` when their formats are these, ms and mJ."""
 
     producer: str
     consumer: str
@@ -65,6 +67,7 @@ class EdgeRow:
     produced: str
     consumed: str
     ms: float
+    mj: float | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,8 @@ class Profile:
 
     ``fixed_ms``: time that no decision changes. ``fixed_bytes``: the file without the decided weights.
     ``source``: of the times. ``groups``: sites that share one decision. ``cross``: (i, j, loss), what the rows i and j
-    lose together beyond the sum of both. ``spent``: what the sensitivity cost.
+    lose together beyond the sum of both. ``spent``: what the sensitivity cost. ``fixed_mj``, ``fixed_mm2``: what no
+    decision changes. ``assumptions``, ``references``: what a modelled target's numbers rest on; reports print them.
     """
 
     rows: tuple[Row, ...]
@@ -88,6 +92,10 @@ class Profile:
     notes: Mapping[str, str] = field(default_factory=dict)
     cross: tuple[tuple[int, int, float], ...] = ()
     spent: Spent = field(default_factory=Spent)
+    fixed_mj: float = 0.0
+    fixed_mm2: float = 0.0
+    assumptions: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
 
     @functools.cached_property
     def interactions(self) -> dict[tuple[str, Technique], dict[tuple[str, Technique], float]]:
@@ -119,15 +127,20 @@ class Profile:
         return picked
 
     def predict(self, plan: Plan) -> dict[str, float]:
-        """Predicted ``ms``, ``bytes``, ``loss`` of a plan: site rows plus edge rows plus what is fixed."""
+        """Predicted ``ms``, ``bytes``, ``loss`` of a plan, and ``mj`` and ``mm2`` where its rows have them: site rows
+        plus edge rows plus what is fixed."""
         rows = self.chosen(plan)
-        by_site = {row.site: row for row in rows}
-        ms = self.fixed_ms + sum(row.ms for row in rows) + sum(edge.ms for edge in self.paid(by_site))
-        return {
-            "ms": ms,
+        paid = list(self.paid({row.site: row for row in rows}))
+        found = {
+            "ms": self.fixed_ms + sum(row.ms for row in rows) + sum(edge.ms for edge in paid),
             "bytes": self.fixed_bytes + sum(row.bytes for row in rows),
             "loss": sum(row.loss for row in rows) + self._together(rows),
         }
+        if all(row.mj is not None for row in rows):
+            found["mj"] = self.fixed_mj + sum(row.mj or 0.0 for row in rows) + sum(edge.mj or 0.0 for edge in paid)
+        if all(row.mm2 is not None for row in rows):
+            found["mm2"] = self.fixed_mm2 + sum(row.mm2 or 0.0 for row in rows)
+        return found
 
     def _together(self, rows: Sequence[Row]) -> float:
         """What the rows lose beyond the sum of their losses."""
@@ -180,12 +193,19 @@ class Profile:
                 groups=tuple(map(tuple, data["groups"])),
                 cross=tuple((int(i), int(j), float(loss)) for i, j, loss in data.get("cross", ())),  # none in schema 1
                 spent=Spent(**data.get("spent", {})),
+                # files of earlier versions have none of these
+                fixed_mj=float(data.get("fixed_mj", 0.0)),
+                fixed_mm2=float(data.get("fixed_mm2", 0.0)),
+                assumptions=tuple(map(str, data.get("assumptions", ()))),
+                references=tuple(map(str, data.get("references", ()))),
                 **rest,
             )
             if any(not 0 <= k < len(rows) for i, j, _ in found.cross for k in (i, j)):
                 raise ValueError("cross names a row that is not there")
             numbers = [found.fixed_ms, found.fixed_bytes, *(edge.ms for edge in found.edges)]
             numbers += [value for row in found.rows for value in (row.loss, row.ms, row.bytes)]
+            known = [value for row in found.rows for value in (row.mj, row.mm2)] + [edge.mj for edge in found.edges]
+            numbers += [value for value in known if value is not None]
             strange = next((value for value in numbers if not isinstance(value, (int, float))), None)
             if strange is not None:
                 raise TypeError(f"{strange!r} is not a number")
@@ -274,8 +294,8 @@ def measure(
     flow = tuple(record.edges())
     table = _costs(bench, options, flow)
     base = bench.artifact(Plan())
-    energy = bench.target.energy(base)
-    watts = None if energy is None else energy / table.whole_float_ms
+    energies = _energies(bench, options, table, base)
+    areas = _areas(bench, options, base)
     weights = {name: site.parameter_bytes for name, site in record.sites.items()}
 
     def row(site: str, option: Option) -> Row:
@@ -286,14 +306,18 @@ def measure(
             losses[site, option.technique],
             ms,
             option.technique.bits(record.sites[site]) / 8,
-            None if watts is None else watts * ms,
+            None if energies is None else energies.sites[site, option.technique],
             reads=option.reads,
             writes=option.writes,
+            mm2=None if areas is None else areas.sites[site, option.technique],
         )
 
     rows = tuple(row(site, option) for site, choices in options.items() for option in choices)
     edges = tuple(
-        EdgeRow(edge.producer, edge.consumer, edge.operand, produced, consumed, ms)
+        EdgeRow(
+            *(edge.producer, edge.consumer, edge.operand, produced, consumed, ms),
+            None if energies is None else energies.edges[edge, produced, consumed],
+        )
         for (edge, produced, consumed), ms in table.edges.items()
     )
     notes = {
@@ -325,6 +349,10 @@ def measure(
         notes=notes,
         cross=cross,
         spent=scores.spent,
+        fixed_mj=0.0 if energies is None else energies.fixed,
+        fixed_mm2=0.0 if areas is None else areas.fixed,
+        assumptions=bench.target.assumptions(),
+        references=bench.target.references(),
     )
 
 
@@ -371,7 +399,7 @@ def _options(
 
 def _costs(bench: Bench, options: Mapping[str, Sequence[Option]], flow: Sequence[Edge]) -> Costs:
     record = bench.net.record
-    factor = bench.batch / batch_size(first_inputs(bench.task.calibration))
+    factor = _factor(bench)
     formulas = {
         (site, option.technique): bench.target.cost(scaled(record.sites[site], factor), option.technique)
         for site, rows in options.items()
@@ -395,3 +423,59 @@ def _costs(bench: Bench, options: Mapping[str, Sequence[Option]], flow: Sequence
             )
     whole = fixed + sum(known[site, Float()] for site in options)
     return Costs(known, edges, fixed, 0.0, 0, whole, whole)
+
+
+@dataclass(frozen=True)
+class _Shares:
+    """One quantity of every choice, as in :class:`~bitsmith.costs.Costs`."""
+
+    sites: Mapping[tuple[str, Technique], float]
+    edges: Mapping[tuple[Edge, str, str], float]
+    fixed: float
+
+
+def _energies(bench: Bench, options: Mapping[str, Sequence[Option]], table: Costs, base: Artifact) -> _Shares | None:
+    """mJ of every choice, as the target models it, or its time at the float network's mean power."""
+    whole = bench.target.energy(base)
+    if whole is None:
+        return None
+    watts = whole / table.whole_float_ms
+    found = _by_formula(bench, options, bench.target.site_energy)
+    if found is None:
+        sites = {key: watts * ms for key, ms in table.sites.items()}
+        edges = {key: watts * ms for key, ms in table.edges.items()}
+        return _Shares(sites, edges, watts * table.fixed)
+    factor = _factor(bench)
+    changes = {}
+    for (edge, produced, consumed), ms in table.edges.items():
+        numel = round(bench.net.record.sites[edge.consumer].operands[edge.operand].numel * factor)
+        mj = bench.target.conversion_energy(numel, produced, consumed)
+        changes[edge, produced, consumed] = watts * ms if mj is None else mj
+    return _Shares(found, changes, whole - sum(found[site, Float()] for site in options))
+
+
+def _areas(bench: Bench, options: Mapping[str, Sequence[Option]], base: Artifact) -> _Shares | None:
+    """mm2 of every choice, None where the target has no area."""
+    whole = bench.target.area(base)
+    found = None if whole is None else _by_formula(bench, options, bench.target.site_area)
+    if whole is None or found is None:
+        return None
+    return _Shares(found, {}, whole - sum(found[site, Float()] for site in options))
+
+
+def _by_formula(
+    bench: Bench, options: Mapping[str, Sequence[Option]], formula: Callable[[Site, Technique], float | None]
+) -> dict[tuple[str, Technique], float] | None:
+    factor, found = _factor(bench), {}
+    for site, rows in options.items():
+        for option in rows:
+            value = formula(scaled(bench.net.record.sites[site], factor), option.technique)
+            if value is None:
+                return None
+            found[site, option.technique] = value
+    return found
+
+
+def _factor(bench: Bench) -> float:
+    """The batch that is timed, in batches of what was recorded."""
+    return bench.batch / batch_size(first_inputs(bench.task.calibration))

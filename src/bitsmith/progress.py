@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 
@@ -29,3 +30,17 @@ class Silent:
 
     def note(self, text: str) -> None:
         return None
+
+
+def counted(progress: Progress) -> Callable[[str, int, int], None]:
+    """The same for verbs that report ``(what, done, total)``."""
+    seen: dict[str, int] = {}
+
+    def tell(what: str, done: int, total: int) -> None:
+        if what not in seen:
+            seen[what] = 0
+            progress.start(what, total)
+        progress.advance(done - seen[what])
+        seen[what] = done
+
+    return tell

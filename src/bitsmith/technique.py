@@ -106,6 +106,12 @@ class Technique(ABC):
         """Storage of the site's weights, in bits, scales and zero points included."""
         return 8.0 * site.parameter_bytes
 
+    def operations(self, site: Site) -> Mapping[str, float] | None:
+        """What it computes with on modelled hardware, per forward pass: how many of ``multiply``, ``add`` (into the
+        accumulator), ``subtract`` and ``bitwise`` (both as wide as the operands); None: one multiplication and one
+        addition for each multiply-accumulate."""
+        return None
+
     def form(self, site: Site) -> str:
         """``dialect`` (quantized reference operations), ``float``, or an opaque ``torch.library`` operation's name."""
         return "float"

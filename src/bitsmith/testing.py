@@ -40,6 +40,7 @@ from .model.keys import decode_key, encode_key
 from .model.network import input_names, network
 from .plan import Plan
 from .site import Format, Record, Site
+from .targets._formulas import modelled, parts
 from .targets.base import (
     Array,
     Artifact,
@@ -51,7 +52,7 @@ from .targets.base import (
     TargetError,
     Timing,
 )
-from .targets.roofline import Roofline, modelled, parts
+from .targets.roofline import Roofline
 from .technique import Cell, No, Technique, Wants
 from .techniques.float_ import Float
 from .techniques.int_ import Int
@@ -133,7 +134,7 @@ class MockTarget(Target):
         named = input_names(replica, example)
         inputs = tuple((name, tuple(x.shape), str(x.dtype).removeprefix("torch.")) for name, x in named.items())
         output, values = _captured(replica, lambda: call(replica, example))
-        costs, precisions = modelled(self.machine, net, inputs)
+        found = modelled(self.machine, net, inputs)
         tensors = _stored(net, plan)
         notes = {"plan": plan.digest(), "state": hash_state(replica), "shapes": json.dumps(inputs)}
         path = atomic_write(path, lambda temporary: save_file(tensors, temporary, metadata=notes))
@@ -148,8 +149,8 @@ class MockTarget(Target):
             target=self.name,
             plan=plan.to_json(),
             versions={"torch": torch.__version__},
-            costs=costs,
-            precisions=precisions,
+            costs=found.costs,
+            precisions=found.precisions,
         )
         artifact.save()
         self._nets[artifact.digest()] = replica, example

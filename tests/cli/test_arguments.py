@@ -129,7 +129,7 @@ def test_every_target_file_is_offered() -> None:
 
 
 def test_a_budget_needs_one_limit() -> None:
-    options = Namespace(ms=None, mib=2.0, mj=None, drop=0.0)
+    options = Namespace(ms=None, mib=2.0, mj=None, mm2=None, drop=0.0)
     assert arguments.budget(options) == Budget(mib=2.0, drop=0.0)
-    with pytest.raises(ArgumentError, match=r"--drop 0\.01, --ms, --mib or --mj"):
-        arguments.budget(Namespace(ms=None, mib=None, mj=None, drop=None))
+    with pytest.raises(ArgumentError, match=r"--drop 0\.01, --ms, --mib, --mj or --mm2"):
+        arguments.budget(Namespace(ms=None, mib=None, mj=None, mm2=None, drop=None))

@@ -215,3 +215,45 @@ def test_energy_where_there_is_none_is_an_error(target: Path, run: Run) -> None:
     said = run(*argv, "--objective", "drop", "mj", "--drop", "0.1", "-o", "out")
     assert said.code == 2
     assert "mock gives no energy" in said.err
+
+
+def test_words_of_points_and_one_objective(target: Path, run: Run) -> None:
+    argv = ("--accuracy-drop", 50, "--objective", "energy", "--techniques", "all", "--trials", 4)
+    said = run(*ASK, *argv, "-o", "out")
+    assert said.code == 0, said.err
+    found = read(target / "out")
+    assert (found["objectives"], found["minimize"], found["budget"]) == (["drop", "mj"], "mj", {"drop": 0.5})
+    assert "evaluated, simulated" in said.out
+    (chosen,) = [point for point in found["points"] if point["chosen"]]
+    assert chosen["mj"] == min(point["mj"] for point in found["points"] if not point["missed"])
+    page = (target / "out" / "frontier.html").read_text(encoding="utf-8")
+    assert "left out: Binary(" in page  # it needs training
+    said = run(*ASK, "--accuracy-drop", 1, "--drop", 0.01, "-o", "out")
+    assert said.code == 2
+    assert "the same limit" in said.err
+
+
+def test_a_modelled_target_prints_what_it_assumes(target: Path, run: Run) -> None:
+    (target / "chip.py").write_text(
+        "from bitsmith.targets import DigitalAccelerator, EnergyTable, Entry\n\n"
+        "NAMES = {'int_add': (32, 0.1), 'int_multiply': (8, 0.2),\n"
+        "         'float_add': (32, 0.9), 'float_multiply': (32, 3.7),\n"
+        "         'sram_read_8KiB': (64, 10.0), 'dram_read_low': (64, 1300.0)}\n\n"
+        "def chip():\n"
+        "    entries = tuple(Entry(name, *value) for name, value in NAMES.items())\n"
+        "    return DigitalAccelerator(EnergyTable('toy', entries, 'made up'), rows=4, columns=4)\n"
+    )
+    ask = ("explore", "net.py:build", "--data", "data.py:task", "--target", "chip.py:chip")
+    said = run(*ask, "--accuracy-drop", 50, "--objective", "energy", "--trials", 4, "-o", "out")
+    assert said.code == 0, said.err
+    assert "digital: modelled, not measured: 4 x 4 units" in said.out
+    assert "evaluated, modelled" in said.out
+    found = read(target / "out")
+    assert found["references"][0] == "energy table: made up"
+    assert all(point["source"] == "modelled" for point in found["points"])
+    page = (target / "out" / "frontier.html").read_text(encoding="utf-8")
+    assert "energy, mJ per batch (modelled)" in page
+    assert "modelled, not measured" in page
+    said = run(*ask, "--drop", 0.5, "--objective", "area", "--trials", 4, "-o", "out")
+    assert said.code == 2
+    assert "digital gives no area" in said.err

@@ -113,7 +113,7 @@ def _with(**changes: Any) -> Callable[[dict[str, Any]], Any]:
         (_with(verify=[]), r"report\.verify: an object"),
         (_with(budget={"ms": "fast"}), r"report\.budget\.ms: 'fast' is not float"),
         (_with(store={"hits": 1.5}), r"report\.store\.hits: 1\.5 is not int"),
-        (_with(budget={"joules": 1.0}, missed={}), "'joules' is not a limit: ms, mib, mj or drop"),
+        (_with(budget={"joules": 1.0}, missed={}), "'joules' is not a limit: ms, mib, mj, mm2 or drop"),
         (_with(missed={"joules": 1.0}), "missed names joules"),
     ],
 )

@@ -14,9 +14,10 @@ from bitsmith.model.apply import apply
 from bitsmith.model.network import network
 from bitsmith.plan import Plan
 from bitsmith.site import Format, Operand, Record, Site
+from bitsmith.targets._formulas import modelled, moved_bytes, scaled
 from bitsmith.targets.base import Artifact, Realised, TargetError
 from bitsmith.targets.onnxruntime import OnnxRuntime
-from bitsmith.targets.roofline import Roofline, modelled, moved_bytes, scaled
+from bitsmith.targets.roofline import Roofline
 from bitsmith.technique import No
 from bitsmith.techniques.float_ import Float
 from bitsmith.techniques.int_ import Int
@@ -185,13 +186,15 @@ def test_file_is_the_one_that_onnx_runtime_gets(tmp_path: Path) -> None:
     assert data["costs"]["a"] == artifact.costs["a"] > 0
 
 
-def test_precisions_are_by_rule_and_nothing_runs(tmp_path: Path) -> None:
+def test_precisions_are_by_rule_and_the_file_runs_elsewhere(tmp_path: Path) -> None:
     artifact = exported(Plan({"a": Int(8, 8), "c": Int(4, None)}), tmp_path / "n.onnx")
     seen = MACHINE.inspect(artifact)
     assert (seen["a"].precision, seen["b"].precision, seen["c"].precision) == ("int8", "float32", "size only")
     assert all(value.reason == "modelled" for value in seen.values())
-    with pytest.raises(TargetError, match="runs nothing"):
-        MACHINE.run(artifact, [])
+    x = torch.randn(4, 3, 8, 8)
+    (got,) = MACHINE.run(artifact, [x.numpy()])
+    (expected,) = OnnxRuntime().run(artifact, [x.numpy()])
+    assert (got == expected).all()
 
 
 def test_times_of_another_machine_are_not_given(tmp_path: Path) -> None:

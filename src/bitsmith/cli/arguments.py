@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..targets.base import Target
     from ..technique import Technique
 
-QUANTITIES = ("ms", "mib", "mj", "drop")
+QUANTITIES = ("ms", "mib", "mj", "mm2", "drop")
 
 
 class ArgumentError(ValueError):
@@ -64,12 +64,16 @@ def add_budget(parser: ArgumentParser) -> None:
     group.add_argument("--ms", type=float, metavar="X", help="milliseconds per batch")
     group.add_argument("--mib", type=float, metavar="X", help="MiB (2^20 bytes) of the exported file")
     group.add_argument("--mj", type=float, metavar="X", help="millijoules per batch, on targets that have energy")
+    group.add_argument("--mm2", type=float, metavar="X", help="square millimetres, on targets that model a chip")
     group.add_argument("--minimize", choices=QUANTITIES, help="what to minimize (ms, if --drop is the only limit)")
 
 
 def add_techniques(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "--techniques", nargs="+", metavar="T", help="what may be put at a site, such as 'Int(8, 8)' 'Int(4, 8)'"
+        "--techniques",
+        nargs="+",
+        metavar="T",
+        help="what may be put at a site, such as 'Int(8, 8)' 'Int(4, 8)'; explore also takes: all",
     )
 
 
@@ -90,7 +94,7 @@ def budget(options: Namespace) -> Budget:
 
     limits = {name: getattr(options, name) for name in QUANTITIES if getattr(options, name) is not None}
     if not limits:
-        raise ArgumentError("no limit was given: add --drop 0.01, --ms, --mib or --mj")
+        raise ArgumentError("no limit was given: add --drop 0.01, --ms, --mib, --mj or --mm2")
     return Budget(**limits)
 
 
@@ -123,6 +127,7 @@ def technique_classes() -> dict[str, type]:
 def _built_in(package: ModuleType, base: type) -> dict[str, Any]:
     """The public subclasses of ``base`` in a package's modules: one a file, so none can be forgotten in a list."""
     import importlib
+    import inspect
     import pkgutil
 
     found: dict[str, Any] = {}
@@ -130,6 +135,7 @@ def _built_in(package: ModuleType, base: type) -> dict[str, Any]:
         module = importlib.import_module(f"{package.__name__}.{info.name}")
         for name, value in vars(module).items():
             public = isinstance(value, type) and not name.startswith("_") and value.__module__ == module.__name__
+            public = public and not inspect.isabstract(value)
             if public and issubclass(value, base) and value is not base:
                 found[name] = value
     return found

@@ -38,6 +38,7 @@ EXTRAS = {
     "openvino": ("openvino", "openvino"),
     "sklearn": ("scikit-learn", "demo"),
     "optuna": ("optuna", "explore"),
+    "zigzag": ("zigzag-dse", "zigzag"),
 }
 """Module -> distribution and extra of what it may use."""
 

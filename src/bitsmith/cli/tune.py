@@ -158,6 +158,8 @@ def print_profile(profile: Profile) -> None:
         show.table(("not offered at", "technique", "because"), refused)
     for name, note in profile.notes.items():
         show.plain(f"{name}: {note}")
+    for line in (*profile.assumptions, *profile.references):
+        show.plain(f"{profile.target}: {line}")
 
 
 def run_search(options: Namespace) -> int:
@@ -205,7 +207,9 @@ def run_search(options: Namespace) -> int:
 
 def print_frontier(result: Result) -> None:
     """The plans that no other plan beats, and which one was chosen."""
-    headings = ("", "ms", "MiB", "loss", "drop", "sites changed", "numbers")
+    more = [(name, label) for name, label in (("mj", "mJ"), ("mm2", "mm2")) if _has(result, name)]
+    costs = ("ms", "MiB", *(label for _, label in more))
+    headings = ("", *costs, "loss", "drop", "sites changed", "numbers")
 
     def drop(point: Point) -> str:
         got = point.evaluation
@@ -219,15 +223,30 @@ def print_frontier(result: Result) -> None:
             "->" if point is result.best else "",
             f"{point.value('ms'):.4f}",
             f"{point.value('mib'):.3f}",
+            *(f"{point.value(name):.4g}" for name, _ in more),
             f"{point.loss:.3g}",
             drop(point),
             _changed(point),
-            point.label,
+            _numbers(point),
         )
         for point in result.frontier
     ]
     caption = f"{result.label}: least {result.minimize} within the limits; plans measured whole: {result.evaluations}"
-    show.table(headings, rows, headings[1:4], caption)
+    show.table(headings, rows, (*costs, "loss"), caption)
+
+
+def _has(result: Result, quantity: str) -> bool:
+    """Whether every plan has an energy, or an area."""
+    return all(
+        getattr(point, quantity) is not None or getattr(point.evaluation, quantity, None) is not None
+        for point in result.frontier
+    )
+
+
+def _numbers(point: Point) -> str:
+    """``predicted`` or ``evaluated``, and where costs come from if they were not measured."""
+    source = "measured" if point.evaluation is None else point.evaluation.source
+    return point.label if source == "measured" else f"{point.label}, {source}"
 
 
 def _changed(point: Point) -> int:

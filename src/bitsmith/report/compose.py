@@ -36,6 +36,8 @@ def report(
     plan_bytes: int | None = None,
     float_mj: float | None = None,
     plan_mj: float | None = None,
+    float_mm2: float | None = None,
+    plan_mm2: float | None = None,
     float_sites: SiteTimes | None = None,
     plan_sites: SiteTimes | None = None,
     sites: Mapping[str, Site] | None = None,
@@ -66,17 +68,19 @@ def report(
         plan_ms=_timing(plan_time),
         float_mj=_energy(float_mj, profile.source),
         plan_mj=_energy(plan_mj, profile.source),
+        float_mm2=_area(float_mm2, profile.source),
+        plan_mm2=_area(plan_mm2, profile.source),
         float_bytes=float_bytes,
         plan_bytes=plan_bytes,
         loss_name=profile.loss_name,
-        frontier=_frontier(result),
+        frontier=_frontier(result, profile.source),
         sites=_rows(profile, plan, check, float_sites, plan_sites, sites),
         verify=check.to_json() if check is not None else {},
         time_parts=_parts(plan_sites),
         time_whole=plan_sites.whole if plan_sites is not None else None,
         notes=tuple(notes),
         predicted=profile.predict(result.plan) if result is not None else {},
-        citations=plan.cite(),
+        citations=(*plan.cite(), *profile.references),
         training=_training(history),
         training_metric=history.metric if history is not None else "",
         **details,
@@ -125,7 +129,11 @@ def _energy(mj: float | None, source: str) -> Measure | None:
     return None if mj is None else Measure(mj, unit="mJ", source=source)
 
 
-def _frontier(result: Result | None) -> tuple[FrontierPoint, ...]:
+def _area(mm2: float | None, source: str) -> Measure | None:
+    return None if mm2 is None else Measure(mm2, unit="mm2", source=source)
+
+
+def _frontier(result: Result | None, source: str) -> tuple[FrontierPoint, ...]:
     if result is None:
         return ()
 
@@ -139,9 +147,19 @@ def _frontier(result: Result | None) -> tuple[FrontierPoint, ...]:
             loss=p.loss,
             evaluated=got is not None,
             chosen=p.plan == result.best.plan,
+            mj=_known(p, "mj"),
+            mm2=_known(p, "mm2"),
+            source=source if got is None else got.source,
         )
 
     return tuple(point(p) for p in result.frontier)
+
+
+def _known(point: Point, quantity: str) -> float | None:
+    """As evaluated, else as predicted, None where neither is known."""
+    got = None if point.evaluation is None else getattr(point.evaluation, quantity)
+    value: float | None = getattr(point, quantity) if got is None else got
+    return value
 
 
 def _parts(times: SiteTimes | None) -> dict[str, float]:
@@ -206,7 +224,7 @@ def _row(
 def _notes(
     profile: Profile, plan: Plan, check: Check | None, float_sites: SiteTimes | None, plan_sites: SiteTimes | None
 ) -> list[str]:
-    notes = []
+    notes = [f"{profile.target}: {said}" for said in profile.assumptions]
     if not any(technique != Float() for technique in plan.sites.values()):
         notes.append("no site was changed: within the budget, nothing measured better than float")
     if check is not None and check.failing:
@@ -215,7 +233,7 @@ def _notes(
     if check is not None and check.unrealised:
         notes.append(f"sites that did not run as asked: {len(check.unrealised)}; the table gives the reason of each")
     for label, times in (("float", float_sites), ("plan", plan_sites)):
-        if times is not None:
+        if times is not None and times.source != "modelled":
             notes.append(
                 f"{label}: the profiler's parts sum to {times.total:.3f} ms, the whole takes {times.whole:.3f} ms "
                 f"({times.source}); they differ because the profiler costs time and threads overlap"

@@ -69,7 +69,8 @@ class Measure:
 
 @dataclass(frozen=True)
 class FrontierPoint:
-    """One plan of the search: ``ms`` per batch, ``drop`` in the metric (None: only its loss was predicted), ``mib``.
+    """One plan of the search: ``ms`` per batch, ``drop`` in the metric (None: only its loss was predicted), ``mib``,
+    ``mj`` per batch and ``mm2`` where the target has them. ``source``: of time, energy and area.
 
     ``evaluated``: measured on the validation samples, not only predicted. ``chosen``: the plan that was handed back.
     """
@@ -81,6 +82,9 @@ class FrontierPoint:
     loss: float
     evaluated: bool = False
     chosen: bool = False
+    mj: float | None = None
+    mm2: float | None = None
+    source: str = "measured"
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ class TrainingPoint:
 
 MEASURES: tuple[str, ...] = (
     *("float_metric", "plan_metric", "drop"),
-    *("float_ms", "plan_ms", "float_mj", "plan_mj"),
+    *("float_ms", "plan_ms", "float_mj", "plan_mj", "float_mm2", "plan_mm2"),
 )
 """The fields of :class:`Report` that are measures; in the JSON each is a plain number with details beside it."""
 
@@ -109,11 +113,11 @@ _DETAILS = ("spread", "n", "unit", "source")
 class Report:
     """What was asked, what was got, and why they differ.
 
-    ``budget``: the limits by name (``ms``, ``mib``, ``mj``, ``drop``); ``missed``: by how much, in the limit's unit.
-    ``drop``: how much worse the plan is than float, paired by sample; positive is worse whichever way the metric goes.
-    ``split``: which samples the accuracies come from. ``time_parts``: ms of the plan's sites, conversions and other
-    nodes under the profiler; ``time_whole``: median ms of the whole run without it. ``predicted``: what the search
-    expected (``ms``, ``bytes``, ``loss``, ``drop``). ``store``: ``hits`` and ``misses`` of stored measurements.
+    ``budget``: the limits by name (``ms``, ``mib``, ``mj``, ``mm2``, ``drop``); ``missed``: by how much, in the limit's
+    unit. ``drop``: how much worse the plan is than float, paired by sample; positive is worse whichever way it goes.
+    ``split``: which samples the accuracies come from. ``time_parts``: ms of the plan's sites, conversions and
+    other nodes under the profiler; ``time_whole``: median ms of the whole run without it. ``predicted``: what the
+    search expected (``ms``, ``bytes``, ``loss``, ``drop``). ``store``: ``hits`` and ``misses`` of stored measurements.
     ``training``: the steps of a training under the plan; ``training_metric``: what was validated in it.
     """
 
@@ -134,6 +138,8 @@ class Report:
     plan_ms: Measure | None = None
     float_mj: Measure | None = None
     plan_mj: Measure | None = None
+    float_mm2: Measure | None = None
+    plan_mm2: Measure | None = None
     float_bytes: int | None = None
     plan_bytes: int | None = None
     loss_name: str = "relative squared output error"
@@ -202,8 +208,8 @@ class Report:
         """What was reached where the budget has ``limit``, in the limit's own unit; None: not measured."""
         if limit == "mib":
             return None if self.plan_bytes is None else self.plan_bytes / 2**20
-        if limit not in ("ms", "mj", "drop"):
-            raise ReportError(f"{limit!r} is not a limit: ms, mib, mj or drop")
+        if limit not in ("ms", "mj", "mm2", "drop"):
+            raise ReportError(f"{limit!r} is not a limit: ms, mib, mj, mm2 or drop")
         measure: Measure | None = self.drop if limit == "drop" else getattr(self, f"plan_{limit}")
         return None if measure is None else measure.value
 
@@ -214,9 +220,11 @@ class Report:
         """
         data: dict[str, Any] = {"schema": SCHEMA, "kind": KIND, "title": self.title, "target": self.target}
         data["metric"] = self.metric
+        absent = {name for name in _LATER if getattr(self, name) is None}
         for name in MEASURES:
             measure = getattr(self, name)
-            data[name] = None if measure is None else measure.value
+            if name not in absent:
+                data[name] = None if measure is None else measure.value
         data |= {"float_bytes": self.float_bytes, "plan_bytes": self.plan_bytes}
         data |= {name: getattr(self, name) for name in _DERIVED}
         for name in MEASURES:
@@ -225,7 +233,7 @@ class Report:
                 data[f"{name}_interval"] = [measure.low, measure.high]
                 data |= {f"{name}_{detail}": getattr(measure, detail) for detail in _DETAILS}
         for f in fields(self):
-            if f.name not in data and (self.training or f.name not in _OF_TRAINING):
+            if f.name not in data and f.name not in absent and (self.training or f.name not in _OF_TRAINING):
                 value = getattr(self, f.name)
                 data[f.name] = [asdict(item) for item in value] if f.name in _ROWS else value
         written = _encode(data)
@@ -279,7 +287,8 @@ _MAPPINGS = ("settings", "versions", "machine", "budget", "missed", "verify", "t
 _NUMBERS: Mapping[str, type] = {"budget": float, "missed": float, "time_parts": float, "predicted": float, "store": int}
 _ROWS: Mapping[str, type] = {"sites": SiteRow, "frontier": FrontierPoint, "training": TrainingPoint}
 _OF_TRAINING = ("training", "training_metric")
-"""Written where there was one only: files without them are as old as the schema."""
+_LATER = ("float_mm2", "plan_mm2")
+"""Both are written where there was one only: files without them are as old as the schema."""
 _DERIVED = ("samples", "speedup", "time_source")
 _NON_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 
@@ -358,9 +367,10 @@ def _check_keys(data: Mapping[str, Any], known: set[str], required: set[str], wh
 def _read_1(data: Mapping[str, Any]) -> Report:
     names = {f.name for f in fields(Report)}
     details = {f"{name}_{detail}" for name in MEASURES for detail in (*_DETAILS, "interval")}
-    required = (names | set(_DERIVED)) - set(_OF_TRAINING)
+    optional = {*_OF_TRAINING, *_LATER}
+    required = (names | set(_DERIVED)) - optional
     names &= required | data.keys()
-    _check_keys(data, required | details | set(_OF_TRAINING) | {"schema", "kind"}, required, "report")
+    _check_keys(data, required | details | optional | {"schema", "kind"}, required, "report")
     values: dict[str, Any] = {}
     for name in names - set(MEASURES):
         value = data[name]
@@ -387,7 +397,7 @@ def _item(name: str, item: Any, where: str) -> Any:
 
 
 def _read_measure(data: Mapping[str, Any], name: str) -> Measure | None:
-    if data[name] is None:
+    if data.get(name) is None:
         return None
     where = f"report.{name}"
     interval = data.get(f"{name}_interval")

@@ -47,6 +47,7 @@ def explored(
         found,
         plan_ms=_time(best),
         plan_mj=_energy(best),
+        plan_mm2=_area(best),
         plan_bytes=None if best.evaluation is None else best.evaluation.bytes,
         **_control(_float(result)),
     )
@@ -76,7 +77,10 @@ def _control(point: Point | None) -> dict[str, Any]:
     if point is None or got is None:
         return {}
     metric = None if got.metric is None else Measure(got.metric, n=got.samples, unit="fraction")
-    return {"float_ms": _time(point), "float_mj": _energy(point), "float_bytes": got.bytes, "float_metric": metric}
+    return {"float_ms": _time(point), "float_mj": _energy(point), "float_mm2": _area(point)} | {
+        "float_bytes": got.bytes,
+        "float_metric": metric,
+    }
 
 
 def _time(point: Point) -> Measure | None:
@@ -89,3 +93,8 @@ def _time(point: Point) -> Measure | None:
 def _energy(point: Point) -> Measure | None:
     got = point.evaluation
     return None if got is None or got.mj is None else Measure(got.mj, unit="mJ", source=got.source)
+
+
+def _area(point: Point) -> Measure | None:
+    got = point.evaluation
+    return None if got is None or got.mm2 is None else Measure(got.mm2, unit="mm2", source=got.source)

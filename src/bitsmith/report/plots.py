@@ -36,20 +36,38 @@ _COLOURS = {
     "mark": "#d55e00",
 }
 _WIDTH = 7.6
+_AXES = {
+    "ms": ("time", "ms per batch", "time"),
+    "mib": ("exported file", "MiB", "file size"),
+    "mj": ("energy", "mJ per batch", "energy"),
+    "mm2": ("area of the chip", "mm2", "area"),
+}
 
 
 def pareto(frontier: Sequence[FrontierPoint], unit: str = "fraction", minimize: str = "ms") -> str:
-    """Drop (or, if no point has one, the predicted loss) against time or size; the chosen plan is a star.
+    """Drop (or, if no point has one, the predicted loss) against time, size, energy or area; a star is the chosen plan.
 
-    Filled marks were evaluated, hollow ones only predicted. Each mark has the id ``pareto-point-<i>``.
+    Filled marks were evaluated, hollow ones only predicted; the axis says where its numbers come from. Each mark has
+    the id ``pareto-point-<i>``.
     """
     measured = any(point.drop is not None for point in frontier)
     scale = 100.0 if unit == "fraction" and measured else 1.0
     shown = [(i, p, p.drop * scale if measured and p.drop is not None else p.loss) for i, p in enumerate(frontier)]
     shown = [(i, p, y) for i, p, y in shown if (p.drop is not None or not measured) and math.isfinite(y)]
+    across = minimize if minimize in ("mib", "mj", "mm2") else "ms"
+    if any(getattr(p, across) is None for _, p, _ in shown):
+        across = "ms"
+    named, unit_of, short = _AXES[across]
+    sources = " and ".join(dict.fromkeys(p.source for _, p, _ in shown))
+    # a file's size is counted, whatever the times are
+    said = "" if across == "mib" or sources == "measured" else f" ({sources})"
 
     def x_of(point: FrontierPoint) -> float:
-        return point.mib if minimize == "mib" else point.ms
+        return float(getattr(point, across))
+
+    def more(point: FrontierPoint) -> str:
+        values = [f"{number(v)} {u}, " for v, u in ((point.mj, "mJ"), (point.mm2, "mm2")) if v is not None]
+        return "".join(values) + ("" if point.source == "measured" else f"{point.source}, ")
 
     def draw(figure: Any) -> Mapping[str, str]:
         axes = _axes(figure)
@@ -90,12 +108,12 @@ def pareto(frontier: Sequence[FrontierPoint], unit: str = "fraction", minimize: 
             how = "evaluated" if point.evaluated else "predicted"
             chosen = ", chosen" if point.chosen else ""
             titles[gid] = (
-                f"{point.label}: {number(point.ms)} ms{drop}, {size(point.mib * 2**20)}, "
+                f"{point.label}: {number(point.ms)} ms{drop}, {size(point.mib * 2**20)}, {more(point)}"
                 f"loss {number(point.loss)} ({how}{chosen})"
             )
-        axes.set_xlabel("exported file, MiB" if minimize == "mib" else "time, ms per batch")
-        named = "drop of the metric" if measured else "predicted loss"
-        axes.set_ylabel(f"{named}, points" if scale == 100 else named)
+        axes.set_xlabel(f"{named}, {unit_of}{said}")
+        lost = "drop of the metric" if measured else "predicted loss"
+        axes.set_ylabel(f"{lost}, points" if scale == 100 else lost)
         axes.grid(True, color=_COLOURS["grid"], linewidth=0.7)
         axes.margins(0.08, 0.12)
         _legend(
@@ -110,8 +128,7 @@ def pareto(frontier: Sequence[FrontierPoint], unit: str = "fraction", minimize: 
 
     if not shown:
         return ""
-    across = "file size" if minimize == "mib" else "time"
-    return _svg("pareto", f"Plans found by the search: {'drop' if measured else 'loss'} against {across}", 3.6, draw)
+    return _svg("pareto", f"Plans found by the search: {'drop' if measured else 'loss'} against {short}", 3.6, draw)
 
 
 def time_bars(sites: Sequence[SiteRow]) -> str:

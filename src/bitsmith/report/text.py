@@ -160,7 +160,13 @@ def verdict(report: Report) -> str:
 
 
 def limit_name(name: str) -> str:
-    return {"ms": "time per batch", "mib": "file size", "mj": "energy per batch", "drop": "drop of the metric"}[name]
+    return {
+        "ms": "time per batch",
+        "mib": "file size",
+        "mj": "energy per batch",
+        "mm2": "area of the chip",
+        "drop": "drop of the metric",
+    }[name]
 
 
 def limit_value(report: Report, name: str, value: float | None) -> str:
@@ -170,7 +176,7 @@ def limit_value(report: Report, name: str, value: float | None) -> str:
     if name == "drop":
         measure = report.drop or report.plan_metric
         return points(value, measure.unit if measure is not None else "")
-    return f"{number(value)} { {'ms': 'ms', 'mib': 'MiB', 'mj': 'mJ'}[name] }"
+    return f"{number(value)} { {'ms': 'ms', 'mib': 'MiB', 'mj': 'mJ', 'mm2': 'mm2'}[name] }"
 
 
 def limits(report: Report) -> list[tuple[str, str, str, str, str]]:
@@ -184,8 +190,8 @@ def limits(report: Report) -> list[tuple[str, str, str, str, str]]:
             remark = f"{interval(report.drop, difference=True)} (n={report.drop.n})".strip()
             if met == "yes" and report.drop.high is not None and report.drop.high > asked:
                 remark += "; the mean holds, the interval reaches beyond the limit"
-        elif name in ("ms", "mj"):
-            measure = report.plan_ms if name == "ms" else report.plan_mj
+        elif name in ("ms", "mj", "mm2"):
+            measure = getattr(report, f"plan_{name}")
             remark = timing(measure, name.replace("mj", "mJ")) if measure is not None else ""
         elif name == "mib":
             remark = "the exported file"
@@ -209,6 +215,8 @@ def time_sum(report: Report) -> str:
     added = f"The parts add up to {number(sum(report.time_parts.values()))} ms ({parts})."
     if not whole:
         return f"{added} The whole run was not timed."
+    if source == "modelled":
+        return f"{added} {whole}"
     return f"{added} {whole} The parts are timed under a profiler, the whole without it, so the two differ."
 
 

@@ -11,6 +11,7 @@ from ..plan import Budget, Plan
 from ..profile import Profile
 from ..workers import Crew, Lost, WorkerError, call_remotely, packed
 from .base import (
+    NAMED,
     QUANTITIES,
     BudgetError,
     Evaluate,
@@ -48,7 +49,7 @@ def search(
     *,
     executor: Executor | None = None,
 ) -> Result:
-    """The plan of least ``minimize`` (``ms``, ``mib``, ``mj`` or ``drop``) within the budget, and the frontier.
+    """The plan of least ``minimize`` (``ms``, ``mib``, ``mj``, ``mm2``, ``drop``) within the budget, and the frontier.
 
     ``minimize`` may be left out when ``drop`` is the only limit: ``ms`` then. ``evaluate`` measures whole plans;
     without it the result is labelled ``predicted`` and cannot keep a ``drop``, which is measured, never predicted.
@@ -65,17 +66,17 @@ def search(
     """
     minimize = objective(budget, minimize)
     _check_changeable(profile)
-    wants_mj = minimize == "mj" or budget.mj is not None
-    without = next((row for row in profile.rows if not row.refused and row.mj is None), None)
-    if wants_mj and without is not None:
-        raise ValueError(
-            f"the profile has no energy (its row for {without.site!r} under {without.technique} has no mj): "
-            "profile on a target with energy, or leave mj out"
-        )
+    for quantity, named in NAMED.items():
+        without = next((row for row in profile.rows if not row.refused and getattr(row, quantity) is None), None)
+        if without is not None and quantity in (minimize, *budget.limits):
+            raise ValueError(
+                f"the profile has no {named} (its row for {without.site!r} under {without.technique} has no "
+                f"{quantity}): profile on a target with {named}, or leave {quantity} out"
+            )
     if budget.drop is not None and evaluate is None:
         raise ValueError(
             f"Budget(drop={budget.drop}) needs evaluate=: losses of sites do not add up to a drop of the metric. "
-            "Pass evaluate=bitsmith.evaluator(model, task, target), or limit ms, mib or mj only"
+            "Pass evaluate=bitsmith.evaluator(model, task, target), or limit ms, mib, mj or mm2 only"
         )
     with _helped(evaluate, executor, progress) as measured:
         return method.search(profile, budget, minimize, measured, progress)
@@ -159,7 +160,7 @@ def objective(budget: Budget, minimize: str | None) -> str:
     if minimize is None:
         if set(budget.limits) != {"drop"}:
             raise ValueError(
-                "say what to minimize: minimize='ms', 'mib', 'mj' or 'drop' (the limits are "
+                "say what to minimize: minimize='ms', 'mib', 'mj', 'mm2' or 'drop' (the limits are "
                 f"{', '.join(budget.limits)}; only with drop as the single limit it is 'ms' by itself)"
             )
         return "ms"

@@ -16,8 +16,11 @@ Label = Literal["predicted", "evaluated"]
 Progress = Callable[[str, int, int], None]
 """Told ``(what is being done, done, total)``."""
 
-QUANTITIES = ("ms", "mib", "mj", "drop")
+QUANTITIES = ("ms", "mib", "mj", "mm2", "drop")
 """What can be minimized or limited."""
+
+NAMED = {"mj": "energy", "mm2": "area"}
+"""Those that only some targets have."""
 
 MIB = 2**20
 
@@ -28,7 +31,8 @@ class Evaluation:
 
     ``metric`` over ``samples``; ``drop`` against the float model (absolute) with its confidence interval. ``ms`` per
     batch with ``ms_spread``; ``float_ms``: the float plan timed interleaved with it. ``bytes`` of the exported file,
-    ``mj`` per batch. None: not measured. ``source``: of the times (``measured``, ``simulated`` or ``modelled``).
+    ``mj`` per batch, ``mm2`` of the chip. None: not measured. ``source``: of the times (``measured``, ``simulated`` or
+    ``modelled``).
 
     ``within``: whether the drop is inside the limit that was asked about, where that was decided before the whole set
     was seen (``complete`` is False then, and ``samples`` is how many were); not ``certain``, where it only looks like
@@ -53,6 +57,7 @@ class Evaluation:
     complete: bool = True
     drop_bound: float | None = None
     population: bool = False
+    mm2: float | None = None
 
     @property
     def judged(self) -> float | None:
@@ -115,7 +120,7 @@ class Shared(Protocol):
 
 @dataclass(frozen=True)
 class Point:
-    """One plan of a frontier: its predicted ``ms`` per batch, ``bytes``, ``loss`` and ``mj``, and its evaluation."""
+    """One plan of a frontier: predicted ``ms`` per batch, ``bytes``, ``loss``, ``mj``, ``mm2``, and its evaluation."""
 
     plan: Plan
     ms: float
@@ -123,21 +128,23 @@ class Point:
     loss: float
     mj: float | None = None
     evaluation: Evaluation | None = None
+    mm2: float | None = None
 
     @property
     def label(self) -> Label:
         return "predicted" if self.evaluation is None else "evaluated"
 
     def predicted(self, quantity: str) -> float:
-        """The predicted ``ms``, ``mib`` (2^20 bytes), ``mj``, or, for ``drop``, the loss.
+        """The predicted ``ms``, ``mib`` (2^20 bytes), ``mj``, ``mm2``, or, for ``drop``, the loss.
 
         >>> Point(Plan(), ms=1.0, bytes=2**21, loss=0.0).predicted("mib")
         2.0
         """
-        if quantity == "mj":
-            if self.mj is None:
-                raise ValueError("this profile has no energy: no row has mj")
-            return self.mj
+        if quantity in NAMED:
+            value: float | None = getattr(self, quantity)
+            if value is None:
+                raise ValueError(f"this profile has no {NAMED[quantity]}: no row has {quantity}")
+            return value
         return {"ms": self.ms, "mib": self.bytes / MIB, "drop": self.loss}[quantity]
 
     def value(self, quantity: str) -> float:
@@ -149,6 +156,7 @@ class Point:
             "ms": got.ms,
             "mib": None if got.bytes is None else got.bytes / MIB,
             "mj": got.mj,
+            "mm2": got.mm2,
             "drop": float("inf") if got.judged is None else got.judged,
         }[quantity]
         if measured is None:
@@ -200,7 +208,7 @@ class BudgetError(ValueError):
 
     def __init__(self, best: Result) -> None:
         self.best = best
-        units = {"ms": " ms", "mib": " MiB", "mj": " mJ", "drop": ""}
+        units = {"ms": " ms", "mib": " MiB", "mj": " mJ", "mm2": " mm2", "drop": ""}
         limits = best.budget.limits
         parts = [
             f"{name} {limits[name] + excess:.4g}{units[name]}, over the limit of {limits[name]:.4g} by {excess:.3g}"
@@ -234,7 +242,7 @@ class Search(ABC):
         evaluate: Evaluate | None = None,
         progress: Progress | None = None,
     ) -> Result:
-        """The plan that minimizes ``ms``, ``mib``, ``mj`` or ``drop`` within the budget, and the frontier.
+        """The plan that minimizes ``ms``, ``mib``, ``mj``, ``mm2`` or ``drop`` within the budget, and the frontier.
 
         With ``evaluate`` the plan was measured whole and meets every limit as measured; without, all is predicted.
         Raises :class:`BudgetError` if no plan does.

@@ -15,6 +15,7 @@ from typing import Literal
 from ..plan import Budget
 from ..profile import Profile
 from .base import (
+    NAMED,
     QUANTITIES,
     Ahead,
     BudgetError,
@@ -43,8 +44,8 @@ SAMPLERS = ("nsga2", "tpe")
 class Pareto(Search):
     """The plans that no other betters in all of the ``objectives``, as measured, sought with Optuna.
 
-    ``objectives``: two or more of ``drop``, ``ms``, ``mib``, ``mj``. ``sampler``: ``nsga2`` (Deb et al. 2002, IEEE
-    Trans. Evolutionary Computation 6:2) or ``tpe`` (Bergstra et al. 2011, NeurIPS 24; Ozaki et al. 2020, GECCO,
+    ``objectives``: two or more of ``drop``, ``ms``, ``mib``, ``mj``, ``mm2``. ``sampler``: ``nsga2`` (Deb et al. 2002,
+    IEEE Trans. Evolutionary Computation 6:2) or ``tpe`` (Bergstra et al. 2011, NeurIPS 24; Ozaki et al. 2020, GECCO,
     doi:10.1145/3377930.3389817, for several objectives). ``trials``: plans measured in all, the float plan and those of
     ``seeds`` included; each once. ``seeds``: a search whose predicted frontier is measured first; None: the float plan
     and random plans; with few trials NSGA-II is then no better than these. Limits are constraints, and the drop of a
@@ -101,8 +102,11 @@ class Pareto(Search):
     ) -> Result:
         require()
         program = Program(profile)
-        if "mj" in self.objectives and not program.has_mj:
-            raise ValueError("the profile has no energy: profile on a target with energy, or leave mj out")
+        for name in self.objectives:
+            if name in NAMED and name not in program.has:
+                raise ValueError(
+                    f"the profile has no {NAMED[name]}: profile on a target with {NAMED[name]}, or leave {name} out"
+                )
         first = self._guided(program, budget, progress)
         try:
             if evaluate is None:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ..plan import Plan
 from ..profile import Profile, Row
 from ..technique import Technique
-from .base import MIB, Point
+from .base import MIB, NAMED, Point
 
 Vector = NDArray[np.float64]
 
@@ -39,13 +39,14 @@ class Unit:
 
 @dataclass(frozen=True)
 class _Pair:
-    """An edge between two decisions: the format class of each option at either end, and ms by pair of classes."""
+    """An edge between two decisions: the format class of each option at either end, ms and mj by pair of classes."""
 
     producer: int
     consumer: int
     writes: tuple[int, ...]
     reads: tuple[int, ...]
     ms: Vector
+    mj: Vector
 
 
 Choice = tuple[int, ...]
@@ -63,13 +64,14 @@ class Program:
         for site, rows in profile.options().items():
             for row in rows:
                 self.rows.setdefault(site, {}).setdefault(row.technique, row)
-        self.has_mj = all(row.mj is not None for options in self.rows.values() for row in options.values())
+        every = [row for options in self.rows.values() for row in options.values()]
+        self.has = {name for name in NAMED if all(getattr(row, name) is not None for row in every)}
         self.units = _units(self.rows, profile.groups)
         self.groups = tuple(group for group in profile.groups if len(group) > 1)
         self._unit_of = {site: index for index, unit in enumerate(self.units) for site in unit.sites}
         sizes = [len(unit.techniques) for unit in self.units]
         self._offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(int)
-        self._edge_ms, self._constant_ms, self._pairs = self._place_edges()
+        self._edges, self._edges_constant, self._pairs = self._place_edges()
         self._costs, self._constants = self._place_costs()
         ends = [*self._offsets, *(self._offsets[-1] + np.cumsum([pair.ms.size for pair in self._pairs], dtype=int))]
         # The variables of each decision, then of each pair: in every block they sum to 1.
@@ -107,13 +109,13 @@ class Program:
         chosen = {site: unit.techniques[k] for unit, k in zip(self.units, choice, strict=True) for site in unit.sites}
         plan = Plan({site: chosen[site] for site in self.rows}, groups=self.groups)
         predicted = self.profile.predict(plan)
-        mj = math.fsum(self.rows[site][technique].mj or 0.0 for site, technique in chosen.items())
-        return Point(plan, predicted["ms"], predicted["bytes"], predicted["loss"], mj if self.has_mj else None)
+        costs = predicted["ms"], predicted["bytes"], predicted["loss"]
+        return Point(plan, *costs, predicted.get("mj"), mm2=predicted.get("mm2"))
 
     def solve(self, minimize: str, then: str, limits: Mapping[str, float]) -> Point | None:
         """The plan of least predicted ``minimize``, and among equals of least ``then``, within limits; None if none.
 
-        Quantities are ``ms``, ``mib``, ``mj`` and ``drop`` (the loss).
+        Quantities are ``ms``, ``mib``, ``mj``, ``mm2`` and ``drop`` (the loss).
         """
         objective = self._costs[minimize] * (_SPAN / self._span(minimize)) + self._costs[then] * (
             _TIE / self._span(then)
@@ -151,38 +153,41 @@ class Program:
         span = sum(float(np.ptp(costs[block])) for block in self._blocks)
         return span if span > 1e-12 else 1.0
 
-    def _place_edges(self) -> tuple[Vector, float, list[_Pair]]:
-        """Edge costs that one decision settles go to its options; the rest become pairs."""
-        ms = np.zeros(self._offsets[-1])
-        constant = 0.0
+    def _place_edges(self) -> tuple[Vector, Vector, list[_Pair]]:
+        """Edge costs (ms, mj) that one decision settles go to its options; the rest become pairs."""
+        settled = np.zeros((2, self._offsets[-1]))
+        constant = np.zeros(2)
         pairs: list[_Pair] = []
-        table: dict[tuple[str, str, int], dict[tuple[str, str], float]] = {}
+        nothing = np.zeros(2)
+        table: dict[tuple[str, str, int], dict[tuple[str, str], Vector]] = {}
         for edge in sorted(
             self.profile.edges, key=lambda e: (e.producer, e.consumer, e.operand, e.produced, e.consumed)
         ):
             costs = table.setdefault((edge.producer, edge.consumer, edge.operand), {})
-            costs[edge.produced, edge.consumed] = costs.get((edge.produced, edge.consumed), 0.0) + edge.ms
+            key = edge.produced, edge.consumed
+            costs[key] = costs.get(key, nothing) + np.array([edge.ms, edge.mj or 0.0])
         for (producer, consumer, operand), costs in table.items():
             p, c = self._unit_of.get(producer), self._unit_of.get(consumer)
             writes = [row.writes for row in self._unit_rows(producer)] if p is not None else ["float"]
             reads = [_reads(row, operand) for row in self._unit_rows(consumer)] if c is not None else ["float"]
             if p is not None and p == c:
                 for k, formats in enumerate(zip(writes, reads, strict=True)):
-                    ms[self._offsets[p] + k] += costs.get(formats, 0.0)
+                    settled[:, self._offsets[p] + k] += costs.get(formats, nothing)
             elif len(set(writes)) == 1 and len(set(reads)) == 1:
-                constant += costs.get((writes[0], reads[0]), 0.0)
+                constant += costs.get((writes[0], reads[0]), nothing)
             elif len(set(writes)) == 1 and c is not None:
                 for k, read in enumerate(reads):
-                    ms[self._offsets[c] + k] += costs.get((writes[0], read), 0.0)
+                    settled[:, self._offsets[c] + k] += costs.get((writes[0], read), nothing)
             elif len(set(reads)) == 1 and p is not None:
                 for k, written in enumerate(writes):
-                    ms[self._offsets[p] + k] += costs.get((written, reads[0]), 0.0)
+                    settled[:, self._offsets[p] + k] += costs.get((written, reads[0]), nothing)
             elif p is not None and c is not None:
                 rows, columns = sorted(set(writes)), sorted(set(reads))
-                block = np.array([[costs.get((w, r), 0.0) for r in columns] for w in rows])
+                block = np.array([[costs.get((w, r), nothing) for r in columns] for w in rows])
                 if block.any():
-                    pairs.append(_Pair(p, c, tuple(map(rows.index, writes)), tuple(map(columns.index, reads)), block))
-        return ms, constant, pairs
+                    ends = tuple(map(rows.index, writes)), tuple(map(columns.index, reads))
+                    pairs.append(_Pair(p, c, *ends, block[..., 0], block[..., 1]))
+        return settled, constant, pairs
 
     def _unit_rows(self, site: str) -> list[Row]:
         return [self.rows[site][technique] for technique in self.units[self._unit_of[site]].techniques]
@@ -199,16 +204,20 @@ class Program:
                 ]
             )
 
-        tail = [pair.ms.ravel() for pair in self._pairs]
-        zeros = np.zeros(sum(block.size for block in tail))
+        pairs = {name: [getattr(pair, name).ravel() for pair in self._pairs] for name in ("ms", "mj")}
+        zeros = np.zeros(sum(block.size for block in pairs["ms"]))
         costs = {
-            "ms": np.concatenate([options("ms") + self._edge_ms, *tail]),
+            "ms": np.concatenate([options("ms") + self._edges[0], *pairs["ms"]]),
             "mib": np.concatenate([options("bytes") / MIB, zeros]),
             "drop": np.concatenate([options("loss"), zeros]),
         }
-        if self.has_mj:
-            costs["mj"] = np.concatenate([options("mj"), zeros])
-        constants = {"ms": self.profile.fixed_ms + self._constant_ms, "mib": self.profile.fixed_bytes / MIB}
+        constants = {"ms": self.profile.fixed_ms + self._edges_constant[0], "mib": self.profile.fixed_bytes / MIB}
+        if "mj" in self.has:
+            costs["mj"] = np.concatenate([options("mj") + self._edges[1], *pairs["mj"]])
+            constants["mj"] = self.profile.fixed_mj + self._edges_constant[1]
+        if "mm2" in self.has:
+            costs["mm2"] = np.concatenate([options("mm2"), zeros])
+            constants["mm2"] = self.profile.fixed_mm2
         return costs, constants
 
     def _assemble(self) -> None:
@@ -316,7 +325,7 @@ def _units(rows: Mapping[str, Mapping[Technique, Row]], groups: Iterable[Sequenc
     """Decisions in order of their first site's name, techniques in order of their names."""
     for options in rows.values():
         for row in options.values():
-            for name in ("loss", "ms", "bytes", "mj"):
+            for name in ("loss", "ms", "bytes", *NAMED):
                 value = getattr(row, name)
                 if value is not None and (value != value or value == -math.inf):
                     raise ValueError(
@@ -344,4 +353,6 @@ def _units(rows: Mapping[str, Mapping[Technique, Row]], groups: Iterable[Sequenc
 
 
 def _finite(row: Row | None) -> bool:
-    return row is not None and all(math.isfinite(value) for value in (row.loss, row.ms, row.bytes, row.mj or 0.0))
+    if row is None:
+        return False
+    return all(math.isfinite(value) for value in (row.loss, row.ms, row.bytes, row.mj or 0.0, row.mm2 or 0.0))

@@ -118,7 +118,7 @@ class Artifact:
     ``nodes``: site -> names of its nodes in the file. ``values``: tensor name -> name of the value in the file (the
     float value, behind its DequantizeLinear if it is quantized). ``inputs``: (name, shape, dtype) as the file has them.
     Only of a target that computes its times: ``costs``, ms per batch by site, and by ``tensor|format`` for a
-    conversion; ``precisions``, by site.
+    conversion; ``energies``, mJ per batch, likewise; ``areas``, mm2 that each site adds; ``precisions``, by site.
     """
 
     path: Path
@@ -133,6 +133,8 @@ class Artifact:
     versions: Mapping[str, str] = field(default_factory=dict)
     costs: Mapping[str, float] = field(default_factory=dict)
     precisions: Mapping[str, str] = field(default_factory=dict)
+    energies: Mapping[str, float] = field(default_factory=dict)
+    areas: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def sidecar(self) -> Path:
@@ -202,8 +204,11 @@ class Artifact:
                 target=str(data["target"]),
                 plan=dict(data["plan"]),
                 versions=dict(data["versions"]),
-                costs={name: float(ms) for name, ms in data.get("costs", {}).items()},
                 precisions=dict(data.get("precisions", {})),
+                **{
+                    table: {name: float(value) for name, value in data.get(table, {}).items()}
+                    for table in ("costs", "energies", "areas")
+                },
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ArtifactError(f"{sidecar} lacks or garbles {error}; export again") from None
@@ -278,6 +283,18 @@ class Target(ABC):
         """Modelled ms to bring ``numel`` values from one format to another ("float", "u8"); None: measure it."""
         return None
 
+    def site_energy(self, site: Site, technique: Technique) -> float | None:
+        """Modelled mJ per batch of that site alone, conversions left out; None: :meth:`energy` shared out by time."""
+        return None
+
+    def conversion_energy(self, numel: int, produced: str, consumed: str) -> float | None:
+        """Modelled mJ to bring ``numel`` values from one format to another; None: by its time."""
+        return None
+
+    def site_area(self, site: Site, technique: Technique) -> float | None:
+        """Modelled mm2 that the site adds to the chip; None: this target has no area."""
+        return None
+
     def computed(self, plan: Plan, record: Record, batch: int) -> Timing | None:
         """The time of an adapted plan without ``prepare`` steps, had it been exported; None: that takes its file."""
         return None
@@ -285,6 +302,22 @@ class Target(ABC):
     def settings(self) -> dict[str, Any]:
         """What a stored time depends on besides the artifact: machine, versions, threads."""
         return {"target": self.name}
+
+    def figures(self, plan: Plan, record: Record, batch: int) -> Mapping[str, float] | None:
+        """``mj`` and ``mm2``, as far as it has them, of a plan as :meth:`computed` takes it; None: by its file."""
+        return None
+
+    def assumptions(self) -> tuple[str, ...]:
+        """What its numbers rest on, a sentence each: every report of a modelled target prints them."""
+        return ()
+
+    def references(self) -> tuple[str, ...]:
+        """Where its equations and tables come from."""
+        return ()
+
+    def area(self, artifact: Artifact) -> float | None:
+        """mm2 of the chip that computes it, or None: this target has no area."""
+        return None
 
     def energy(self, artifact: Artifact) -> float | None:
         """mJ per batch, or None: this target has no energy."""

@@ -8,7 +8,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,18 +16,15 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ..model.apply import computer_of
-from ..operations import ACTIVATIONS
 from ..plan import Plan
-from ..site import Record, Site, TensorInfo
+from ..site import Record, Site
 from ..technique import No, Technique
 from ..techniques.float_ import Float
-from ..techniques.int_ import Int
+from ._formulas import FREE, costed, integer_bits, modelled, moved_bytes, parts, recorded_batch, value_bytes
 from .base import Array, Artifact, Realised, SiteTimes, Source, Target, TargetError, Timing
 from .onnxruntime import OnnxRuntime
 
 _INTEGERS = (2, 4, 8, 16)
-_FREE = ACTIVATIONS | {"batch_norm"}
 
 
 @dataclass(frozen=True)
@@ -92,7 +89,7 @@ class Roofline(Target):
     # -- costs -----------------------------------------------------------------------------------------------------
 
     def cost(self, site: Site, technique: Technique) -> float | None:
-        if site.kind in _FREE:
+        if site.kind in FREE:
             return 0.0
         peak = self._peak(self._precision(site, technique))
         compute = site.macs / (peak * 1e6)
@@ -102,13 +99,16 @@ class Roofline(Target):
     def conversion_cost(self, numel: int, produced: str, consumed: str) -> float | None:
         if produced == consumed:
             return 0.0
-        return numel * (_bytes(produced) + _bytes(consumed)) / (self.bandwidth_gb_s * 1e6) + self.overhead_us / 1e3
+        return (
+            numel * (value_bytes(produced) + value_bytes(consumed)) / (self.bandwidth_gb_s * 1e6)
+            + self.overhead_us / 1e3
+        )
 
     def _precision(self, site: Site, technique: Technique) -> str:
         """``float32``, ``bfloat16``, or the narrowest integer of this machine that holds the operands."""
         if isinstance(technique, Float) and technique.dtype == "bfloat16":
             return "bfloat16"
-        bits = _integer_bits(site, technique)
+        bits = integer_bits(site, technique)
         if bits is None:
             return "float32"
         return next((f"int{n}" for n in _INTEGERS if n >= bits and getattr(self, f"int{n}") is not None), f"int{bits}")
@@ -146,7 +146,7 @@ class Roofline(Target):
                 verdicts[name] = verdict
             elif name in fused and name not in plan:
                 verdicts[name] = Realised("folded", "modelled as fused into the operation before it")
-            elif technique.form(site) == "dialect" and _integer_bits(site, technique) is None:
+            elif technique.form(site) == "dialect" and integer_bits(site, technique) is None:
                 verdicts[name] = Realised("size only", "modelled: stored small, computed in float32")
             else:
                 verdicts[name] = Realised(self._precision(site, technique), "modelled")
@@ -157,10 +157,10 @@ class Roofline(Target):
     def export(self, net: nn.Module, path: str | Path, example: Any, batch: int | None = None) -> Artifact:
         """Write ``net`` as the ONNX file that ONNX Runtime gets, so that its size is a real one; times are modelled."""
         artifact = OnnxRuntime(threads=self.threads).export(net, path, example, batch)
-        costs, precisions = modelled(self, net, artifact.inputs)
+        found = modelled(self, net, artifact.inputs)
         versions = {**artifact.versions, "model": json.dumps(self.settings(), sort_keys=True)}
         artifact = dataclasses.replace(
-            artifact, target=self.name, versions=versions, costs=costs, precisions=precisions
+            artifact, target=self.name, versions=versions, costs=found.costs, precisions=found.precisions
         )
         artifact.save()
         return artifact
@@ -170,13 +170,12 @@ class Roofline(Target):
         return [Timing((self.site_times(a).whole,), a.batch, self.threads, self.source) for a in artifacts]
 
     def computed(self, plan: Plan, record: Record, batch: int) -> Timing | None:
-        shapes = (o.shape for site in record.sites.values() for o in site.operands if o.tensor.startswith("@"))
-        recorded = next((shape[0] for shape in shapes if shape), batch)
-        costs, _ = _costed(self, record.sites, plan, batch / recorded)
+        costs = costed(self, record.sites, plan, batch / recorded_batch(record, batch)).costs
         return Timing((sum(costs.values()),), batch, self.threads, self.source)
 
     def run(self, artifact: Artifact, inputs: Sequence[Array], tensors: Sequence[str] = ()) -> list[Array]:
-        raise TargetError("a modelled target runs nothing; use targets.OnnxRuntime to run an exported file")
+        """The numbers of the exported file, run by ONNX Runtime; only costs are modelled."""
+        return OnnxRuntime(threads=self.threads).run(artifact, inputs, tensors)
 
     def inspect(self, artifact: Artifact) -> Mapping[str, Realised]:
         """By rule, as noted at export: nothing ran."""
@@ -196,144 +195,6 @@ class Roofline(Target):
                 f"{artifact.path} was modelled with another roofline (or exported for {artifact.target!r}): "
                 "export it with this target to model its times"
             )
-
-
-def modelled(
-    target: Target, net: nn.Module, inputs: Iterable[tuple[str, tuple[int, ...], str]]
-) -> tuple[dict[str, float], dict[str, str]]:
-    """``(costs, precisions)`` of an applied network by the formulas of ``target``, as an artifact holds them.
-
-    ``inputs``: names, shapes and dtypes of the exported file's inputs; they scale what was recorded to its batch.
-    Raises :class:`TargetError` for a site that the target cannot compute.
-    """
-    computer = computer_of(net)
-    sites = computer.record_sites
-    return _costed(target, sites, computer.plan, _factor(sites, inputs))
-
-
-def _costed(
-    target: Target, sites: Mapping[str, Site], plan: Plan, factor: float
-) -> tuple[dict[str, float], dict[str, str]]:
-    """:func:`modelled` of an adapted plan, the recorded batch grown by ``factor``."""
-    record = _record({name: scaled(site, factor) for name, site in sites.items()})
-    precisions = {}
-    for name, verdict in target.realise(plan, record).items():
-        if isinstance(verdict, No):
-            raise TargetError(f"{target.name} cannot compute {name!r} under {plan.get(name) or 'float'}: {verdict}")
-        precisions[name] = verdict.precision
-    parents = {site.parent for site in record.sites.values()}
-    costs = {
-        name: 0.0 if name in parents else target.cost(site, plan.get(name) or Float()) or 0.0
-        for name, site in record.sites.items()
-    }
-    for edge in record.edges():
-        produced = handed(record.sites[edge.producer], plan) if edge.producer in record.sites else "float"
-        consumer = record.sites[edge.consumer]
-        reads = _reads(consumer, plan.get(edge.consumer))
-        operand = consumer.operands[edge.operand]
-        ms = target.conversion_cost(operand.numel, produced, reads[edge.operand])
-        if ms:
-            key = f"{edge.tensor}|{produced}>{reads[edge.operand]}"
-            costs[key] = costs.get(key, 0.0) + ms
-    return costs, precisions
-
-
-def parts(artifact: Artifact, source: Source) -> SiteTimes:
-    """The costs of an artifact, sites and conversions apart."""
-    sites = {key: ms for key, ms in artifact.costs.items() if "|" not in key}
-    conversions: dict[str, float] = {}
-    for key, ms in artifact.costs.items():
-        if "|" in key:
-            tensor = key.rpartition("|")[0]
-            conversions[tensor] = conversions.get(tensor, 0.0) + ms
-    return SiteTimes(sites, conversions, 0.0, sum(artifact.costs.values()), source)
-
-
-def handed(site: Site, plan: Plan) -> str:
-    """The format in which a site hands on its output: as told, else as it reads, "float" if it reads no integers."""
-    technique = plan.get(site.name)
-    if technique is None:
-        return "float"
-    return _output_format(site, technique)
-
-
-def moved_bytes(site: Site, technique: Technique) -> float:
-    """Bytes that one call reads and writes: activations in their formats, the weight as stored, every output."""
-    total = sum(math.prod(shape) for shape in site.out_shapes) * _bytes(_output_format(site, technique), technique)
-    for operand, read in zip(site.operands, _reads(site, technique), strict=True):
-        if operand is site.weight:
-            stored = technique.bits(site) / 8
-            # a look-up touches the rows that it returns
-            rows = math.prod(site.out_shapes[0]) / operand.numel if site.kind == "embedding" else 1.0
-            total += stored * min(rows, 1.0)
-        else:
-            total += operand.numel * (_bytes(read, technique) if operand.floating else 8.0)
-    return total
-
-
-def scaled(site: Site, factor: float) -> Site:
-    """The site with the batch multiplied: MACs and the first size of every activation. Calls and weights stay."""
-    if factor == 1.0:
-        return site
-
-    def grown(shape: tuple[int, ...]) -> tuple[int, ...]:
-        return (max(1, round(shape[0] * factor)), *shape[1:]) if shape else shape
-
-    operands = tuple(o if o.constant else dataclasses.replace(o, shape=grown(o.shape)) for o in site.operands)
-    shapes = tuple(grown(shape) for shape in site.out_shapes)
-    return dataclasses.replace(site, macs=round(site.macs * factor), operands=operands, out_shapes=shapes)
-
-
-def _output_format(site: Site, technique: Technique) -> str:
-    written = technique.writes(site)
-    if written is not None:
-        return str(written)
-    return next((read for read in _reads(site, technique) if read != "float"), "float")
-
-
-def _reads(site: Site, technique: Technique | None) -> tuple[str, ...]:
-    formats = technique.reads(site) if technique is not None else (None,) * len(site.operands)
-    return tuple("float" if fmt is None else str(fmt) for fmt in formats)
-
-
-def _bytes(fmt: str, technique: Technique | None = None) -> float:
-    """Bytes of one value: "float" 4 (2 in bfloat16), "u8" 1, "i4s" 0.5."""
-    if fmt == "float":
-        return 2.0 if isinstance(technique, Float) and technique.dtype == "bfloat16" else 4.0
-    return int(fmt.strip("uis")) / 8
-
-
-def _integer_bits(site: Site, technique: Technique) -> int | None:
-    """Bits of the widest operand if all are integers, else None: it computes in float."""
-    if technique.form(site) != "dialect":
-        return None
-    formats = technique.reads(site)
-    read = [formats[index] for index, operand in enumerate(site.operands) if operand.floating and not operand.constant]
-    if any(fmt is None for fmt in read):
-        return None
-    widths = [fmt.bits for fmt in read if fmt is not None]
-    if site.weight is not None:
-        stored = technique.bits(site) / site.weight.numel  # with the scales, so at least the bits of one weight
-        widths.append(technique.w if isinstance(technique, Int) else max(2, min(8, math.ceil(stored))))
-    return max(widths) if read else None
-
-
-def _factor(sites: Mapping[str, Site], inputs: Iterable[tuple[str, tuple[int, ...], str]]) -> float:
-    recorded = {operand.tensor: operand.shape for site in sites.values() for operand in site.operands}
-    for name, shape, _ in inputs:
-        seen = recorded.get(f"@{name}")
-        if seen and shape:
-            return shape[0] / seen[0]
-    return 1.0
-
-
-def _record(sites: Mapping[str, Site]) -> Record:
-    """What edges and verdicts need of a record, from the sites alone."""
-    tensors: dict[str, TensorInfo] = {}
-    for site in sites.values():
-        for tensor, shape in zip(site.writes, site.out_shapes, strict=True):
-            tensors[tensor] = TensorInfo(tensor, shape, "float32", site.name)
-    return Record(sites, tensors)
 
 
 def _peaks() -> dict[str, float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -11,27 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .._files import data_root as data_root
 from .weights import read_npz
 
 CIFAR_MEAN = (0.485, 0.456, 0.406)
 CIFAR_STD = (0.229, 0.224, 0.225)
 
 _CIFAR_SHAPES = {"x_train": (32, 32, 3), "y_train": (), "x_test": (32, 32, 3), "y_test": ()}
-
-
-def data_root() -> Path | None:
-    """The data folder, or None where there is none.
-
-    ``BITSMITH_DATA`` if it is set (only there then), otherwise ``../shared/data`` beside the working directory or
-    beside the repository that this file lies in.
-    """
-    given = os.environ.get("BITSMITH_DATA")
-    if given:
-        places = [Path(given).expanduser()]
-    else:
-        repository = Path(__file__).resolve().parents[3]
-        places = [base.parent / "shared" / "data" for base in (Path.cwd(), repository)]
-    return next((place.resolve() for place in places if place.is_dir()), None)
 
 
 def present(root: str | Path, folder: str, name: str) -> Path:
