@@ -93,10 +93,12 @@ from .technique import Technique as Technique
 from .technique import Wants as Wants
 from .techniques.binary import Binary as Binary
 from .techniques.degree_quant import DegreeQuant as DegreeQuant
+from .techniques.fisher import FisherPalettes as FisherPalettes
 from .techniques.float_ import Float as Float
 from .techniques.int_ import Int as Int
 from .techniques.palette import Palette as Palette
 from .techniques.sparse import Sparse as Sparse
+from .techniques.sparse_gpt import SparseGpt as SparseGpt
 from .techniques.sparse_paths import InitialisePaths as InitialisePaths
 from .techniques.sparse_paths import SparsePaths as SparsePaths
 from .techniques.sparse_paths import sparse_paths as sparse_paths
@@ -127,6 +129,7 @@ __all__ = [
     "EqualiseDepthwise",
     "Evaluation",
     "ExportError",
+    "FisherPalettes",
     "Float",
     "Format",
     "Gptq",
@@ -162,6 +165,7 @@ __all__ = [
     "Sizes",
     "SmoothQuant",
     "Sparse",
+    "SparseGpt",
     "SparsePaths",
     "Step",
     "Store",

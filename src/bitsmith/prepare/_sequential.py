@@ -113,11 +113,11 @@ def round_weights(
             f"{step}: the plan puts no integer technique at a convolution or linear layer that "
             "is called once and shares its weight with nobody; give such sites one, or leave the step out"
         )
-    inputs = list(_first(data, samples))
+    inputs = list(first_samples(data, samples))
     sizes = [batch_size(item) for item in inputs]
     total = sum(sizes)
     grids: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
-    with _Lanes() as lanes:
+    with Lanes() as lanes:
         for name in found:
             cell = additions_of(simulated).cells[encode_key(name)]
             assert isinstance(cell, Cell)
@@ -159,7 +159,7 @@ def round_weights(
     return net.with_model(net.model, grids).with_statistics(statistics)
 
 
-def _first(data: Any, samples: int) -> Iterator[Any]:
+def first_samples(data: Any, samples: int) -> Iterator[Any]:
     """The inputs of a loader's first items, ``samples`` samples at most (but one item) and ``LANES`` items."""
     seen = 0
     for count, (inputs, _) in enumerate(items(data, "calibration")):
@@ -351,7 +351,7 @@ class _Lane:
             raise self.error
 
 
-class _Lanes:
+class Lanes:
     """Forwards that advance from site to site together."""
 
     def __init__(self) -> None:
@@ -380,7 +380,7 @@ class _Lanes:
             for lane in here.values():
                 lane.resume()
 
-    def __enter__(self) -> _Lanes:
+    def __enter__(self) -> Lanes:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -394,7 +394,7 @@ class _Lanes:
 class _Stop:
     """Forward pre-hook of a simulated site's cell."""
 
-    def __init__(self, lanes: _Lanes, name: str) -> None:
+    def __init__(self, lanes: Lanes, name: str) -> None:
         self.lanes, self.name = lanes, name
 
     def __call__(self, cell: nn.Module, operands: tuple[Any, ...]) -> None:
