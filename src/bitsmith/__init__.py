@@ -51,7 +51,10 @@ from .optimize import optimize as optimize
 from .plan import Budget as Budget
 from .plan import Plan as Plan
 from .plan import PlanError as PlanError
+from .prepare._channels import ChannelGroup as ChannelGroup
 from .prepare.adaround import AdaRound as AdaRound
+from .prepare.channels import PruneChannels as PruneChannels
+from .prepare.channels import groups_of_channels as groups_of_channels
 from .prepare.correct_bias import CorrectBias as CorrectBias
 from .prepare.equalise import Equalise as Equalise
 from .prepare.equalise_depthwise import EqualiseDepthwise as EqualiseDepthwise
@@ -117,6 +120,7 @@ __all__ = [
     "CalibrationError",
     "Cell",
     "Certainty",
+    "ChannelGroup",
     "Check",
     "CorrectBias",
     "Costs",
@@ -152,6 +156,7 @@ __all__ = [
     "PrepareError",
     "Profile",
     "Progress",
+    "PruneChannels",
     "Range",
     "Record",
     "Report",
@@ -185,6 +190,7 @@ __all__ = [
     "evaluator",
     "export",
     "finetune",
+    "groups_of_channels",
     "learn_precision",
     "learned_sizes",
     "load",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,13 +14,15 @@ from ..data import batch_size, call, items
 from ..model.apply import additions_of, build
 from ..model.calibrate import calibrate
 from ..model.formats import place
+from ..model.intercept import instrument
 from ..model.keys import encode_key
-from ..model.network import Network
+from ..model.network import Network, duplicate
+from ..model.replay import Call
 from ..numerics.weights import folded_affine
 from ..plan import Plan
 from ..site import Format, Range, Site
 from ..technique import Cell, PrepareError
-from ._layers import Layer, fold_factor, folded_weight, layers, tensor_at, watched
+from ._layers import Layer, LayerHandler, fold_factor, folded_weight, layers, tensor_at, watched
 
 LANES = 64
 """At most that many items of a loader are computed side by side."""
@@ -400,3 +402,24 @@ class _Stop:
     def __call__(self, cell: nn.Module, operands: tuple[Any, ...]) -> None:
         assert isinstance(cell, Cell)
         self.lanes.stop(self.name, cell.read(0, operands[0]))
+
+
+class _Pause(LayerHandler):
+    """Stops a float network before each of some layers, whose weights may change while it waits."""
+
+    def __init__(self, net: Network, lanes: Lanes, names: Iterable[str]) -> None:
+        super().__init__(net)
+        self.lanes = lanes
+        self.watch(names)
+
+    def compute(self, name: str, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        operands, _ = call.operation.split(args, kwargs)
+        self.lanes.stop(name, operands[0])
+        return call.run(*args, **kwargs)
+
+
+def paused(net: Network, names: Iterable[str], lanes: Lanes) -> nn.Module:
+    """A copy of the float network, in eval, that waits in its lane before it computes each of those sites."""
+    replica = duplicate(net.model).eval()
+    instrument(replica, _Pause(net, lanes, names), net.modules)
+    return replica

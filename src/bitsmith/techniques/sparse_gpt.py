@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data import batch_size
-from ..model.intercept import instrument
-from ..model.network import Network, duplicate
-from ..model.replay import Call
+from ..model.network import Network
 from ..numerics.masks import largest, left
 from ..plan import Plan
-from ..prepare._layers import Layer, LayerHandler, layers, tensor_at
-from ..prepare._sequential import Lanes, first_samples, patches, positions
+from ..prepare._layers import layers, tensor_at
+from ..prepare._sequential import Lanes, first_samples, patches, paused, positions
 from ..prepare.gptq import inverse_factor
 from ..technique import PrepareError, Step, Technique
 from .sparse import Sparse
@@ -71,7 +68,7 @@ class SparseGpt(Step):
         order = [name for name in net.record.sites if name in found]
         seen = set()
         with Lanes() as lanes:
-            pruned = _paused(net, found, lanes)
+            pruned = paused(net, found, lanes)
             for index, item in enumerate(inputs):
                 lanes.add(("pruned", index), pruned, item, net.forward)
             for name, waiting in lanes.run(order):
@@ -152,23 +149,3 @@ def _top(size: Tensor, count: int) -> Tensor:
     if count > 0:
         kept[size.abs().flatten().topk(min(count, size.numel())).indices] = 1
     return kept.reshape(size.shape)
-
-
-class _Pause(LayerHandler):
-    """Stops a forward before each of some layers, whose weights may change while it waits."""
-
-    def __init__(self, net: Network, lanes: Lanes, names: Mapping[str, Any]) -> None:
-        super().__init__(net)
-        self.lanes = lanes
-        self.watch(names)
-
-    def compute(self, name: str, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        operands, _ = call.operation.split(args, kwargs)
-        self.lanes.stop(name, operands[0])
-        return call.run(*args, **kwargs)
-
-
-def _paused(net: Network, found: Mapping[str, tuple[Layer, Sparse]], lanes: Lanes) -> nn.Module:
-    replica = duplicate(net.model).eval()
-    instrument(replica, _Pause(net, lanes, found), net.modules)
-    return replica
