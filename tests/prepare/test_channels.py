@@ -31,6 +31,7 @@ class Net(nn.Module):
                 nn.init.uniform_(module.weight, 0.5, 1.5)
                 nn.init.normal_(module.bias)
                 nn.init.normal_(module.running_mean)  # type: ignore[arg-type]
+        nn.init.ones_(self.last.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.norm(self.stem(x)))
