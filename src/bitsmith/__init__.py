@@ -23,6 +23,8 @@ from .data import ModelRunError as ModelRunError
 from .data import Unlabelled as Unlabelled
 from .deploy import export as export
 from .evaluate import evaluator as evaluator
+from .export.coded import CodedSize as CodedSize
+from .export.coded import coded_sizes as coded_sizes
 from .export.program import ExportError as ExportError
 from .gradual import Certainty as Certainty
 from .learn.choice import LearnedPlan as LearnedPlan
@@ -33,6 +35,10 @@ from .learn.history import History as History
 from .learn.history import TrainingStep as TrainingStep
 from .learn.loop import TrainingError as TrainingError
 from .learn.metaplastic import Metaplastic as Metaplastic
+from .learn.netadapt import Adapted as Adapted
+from .learn.netadapt import AdaptedStep as AdaptedStep
+from .learn.netadapt import NetAdaptError as NetAdaptError
+from .learn.netadapt import netadapt as netadapt
 from .learn.precision import LearnedPrecision as LearnedPrecision
 from .learn.precision import PrecisionStep as PrecisionStep
 from .learn.precision import SizeError as SizeError
@@ -113,6 +119,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdaRound",
+    "Adapted",
+    "AdaptedStep",
     "Artifact",
     "Binary",
     "Budget",
@@ -122,6 +130,7 @@ __all__ = [
     "Certainty",
     "ChannelGroup",
     "Check",
+    "CodedSize",
     "CorrectBias",
     "Costs",
     "DataError",
@@ -147,6 +156,7 @@ __all__ = [
     "LearnedStep",
     "Metaplastic",
     "ModelRunError",
+    "NetAdaptError",
     "No",
     "Optimized",
     "Palette",
@@ -185,6 +195,7 @@ __all__ = [
     "Winograd",
     "apply",
     "choose_ranges",
+    "coded_sizes",
     "default_steps",
     "differentiable_search",
     "evaluator",
@@ -196,6 +207,7 @@ __all__ = [
     "load",
     "loss_rise",
     "metrics",
+    "netadapt",
     "optimize",
     "output_error",
     "plan_of",
