@@ -134,6 +134,7 @@ class Bed:
             "form": repr(form),
             "route": (cell.route, STEPS[cell.network], RATE) if cell.route == TRAINED else cell.route,
             "seed": cell.seed,
+            "pruned from": PRUNED_FROM,
             "test": (FULL_TEST if self.full else TEST)[cell.network],
             "calibration": CALIBRATION[cell.network],
             "library": library("techniques", "prepare", "numerics", "export", "learn"),
