@@ -16,6 +16,7 @@ from bitsmith.techniques.binary import Binary
 from bitsmith.techniques.degree_quant import DegreeQuant
 from bitsmith.techniques.float_ import Float
 from bitsmith.techniques.int_ import Int
+from bitsmith.techniques.palette import Palette
 from bitsmith.techniques.sparse import Sparse
 from bitsmith.techniques.sparse_paths import SparsePaths
 from bitsmith.techniques.winograd import Winograd
@@ -35,6 +36,7 @@ TECHNIQUES: tuple[Technique, ...] = (
     Binary(),
     SparsePaths(1024),
     Sparse(0.25),
+    Palette(4),
     DegreeQuant(),
 )
 

@@ -26,6 +26,8 @@ from .evaluate import evaluator as evaluator
 from .explore import Explored as Explored
 from .explore import every_technique as every_technique
 from .explore import explore as explore
+from .export.coded import CodedSize as CodedSize
+from .export.coded import coded_sizes as coded_sizes
 from .export.program import ExportError as ExportError
 from .gradual import Certainty as Certainty
 from .learn.choice import LearnedPlan as LearnedPlan
@@ -40,6 +42,10 @@ from .learn.limits import PrecisionStep as PrecisionStep
 from .learn.limits import SizeError as SizeError
 from .learn.loop import TrainingError as TrainingError
 from .learn.metaplastic import Metaplastic as Metaplastic
+from .learn.netadapt import Adapted as Adapted
+from .learn.netadapt import AdaptedStep as AdaptedStep
+from .learn.netadapt import NetAdaptError as NetAdaptError
+from .learn.netadapt import netadapt as netadapt
 from .learn.precision import LearnedPrecision as LearnedPrecision
 from .learn.precision import learn_precision as learn_precision
 from .learn.size import Sizes as Sizes
@@ -56,7 +62,10 @@ from .optimize import optimize as optimize
 from .plan import Budget as Budget
 from .plan import Plan as Plan
 from .plan import PlanError as PlanError
+from .prepare._channels import ChannelGroup as ChannelGroup
 from .prepare.adaround import AdaRound as AdaRound
+from .prepare.channels import PruneChannels as PruneChannels
+from .prepare.channels import groups_of_channels as groups_of_channels
 from .prepare.correct_bias import CorrectBias as CorrectBias
 from .prepare.equalise import Equalise as Equalise
 from .prepare.equalise_depthwise import EqualiseDepthwise as EqualiseDepthwise
@@ -98,9 +107,12 @@ from .technique import Technique as Technique
 from .technique import Wants as Wants
 from .techniques.binary import Binary as Binary
 from .techniques.degree_quant import DegreeQuant as DegreeQuant
+from .techniques.fisher import FisherPalettes as FisherPalettes
 from .techniques.float_ import Float as Float
 from .techniques.int_ import Int as Int
+from .techniques.palette import Palette as Palette
 from .techniques.sparse import Sparse as Sparse
+from .techniques.sparse_gpt import SparseGpt as SparseGpt
 from .techniques.sparse_paths import InitialisePaths as InitialisePaths
 from .techniques.sparse_paths import SparsePaths as SparsePaths
 from .techniques.sparse_paths import sparse_paths as sparse_paths
@@ -112,6 +124,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdaRound",
+    "Adapted",
+    "AdaptedStep",
     "Artifact",
     "Binary",
     "Budget",
@@ -119,7 +133,9 @@ __all__ = [
     "CalibrationError",
     "Cell",
     "Certainty",
+    "ChannelGroup",
     "Check",
+    "CodedSize",
     "CorrectBias",
     "Costs",
     "DataError",
@@ -133,6 +149,7 @@ __all__ = [
     "Evaluation",
     "Explored",
     "ExportError",
+    "FisherPalettes",
     "Float",
     "Format",
     "Gptq",
@@ -147,14 +164,17 @@ __all__ = [
     "LearnedStep",
     "Metaplastic",
     "ModelRunError",
+    "NetAdaptError",
     "No",
     "Optimized",
+    "Palette",
     "Plan",
     "PlanError",
     "PrecisionStep",
     "PrepareError",
     "Profile",
     "Progress",
+    "PruneChannels",
     "Range",
     "Record",
     "Report",
@@ -168,6 +188,7 @@ __all__ = [
     "Sizes",
     "SmoothQuant",
     "Sparse",
+    "SparseGpt",
     "SparsePaths",
     "Step",
     "Store",
@@ -182,6 +203,7 @@ __all__ = [
     "Winograd",
     "apply",
     "choose_ranges",
+    "coded_sizes",
     "default_steps",
     "differentiable_search",
     "evaluator",
@@ -189,11 +211,13 @@ __all__ = [
     "explore",
     "export",
     "finetune",
+    "groups_of_channels",
     "learn_precision",
     "learned_sizes",
     "load",
     "loss_rise",
     "metrics",
+    "netadapt",
     "optimize",
     "output_error",
     "plan_of",

@@ -222,7 +222,8 @@ class Record:
     ``sites`` in execution order. ``tensors`` by name. ``statistics``: streaming statistics by tensor name (see
     ``bitsmith.numerics.statistics``), and what observers collected by ((site name, operand), observer). ``weights``:
     detached weight of each site, by site name and operand index. ``grids``: (scale, zero point) of weights that a
-    prepare step has rounded already, in the same way.
+    prepare step has rounded already, in the same way. ``importance``: what the loss feels of a squared error of each
+    weight, from a prepare step, in the same way.
     ``biases``, ``folds``: the same for bias and folded normalisation ``(mean, var, gamma, beta, eps)``.
     """
 
@@ -236,6 +237,7 @@ class Record:
     folds: Mapping[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, float]] = field(
         default_factory=dict
     )
+    importance: Mapping[tuple[str, int], torch.Tensor] = field(default_factory=dict)
 
     def site(self, name: str) -> Site:
         """The site of that name; an unknown name is an error that offers the closest ones."""

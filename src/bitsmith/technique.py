@@ -116,6 +116,10 @@ class Technique(ABC):
         """``dialect`` (quantized reference operations), ``float``, or an opaque ``torch.library`` operation's name."""
         return "float"
 
+    def compact(self) -> bool:
+        """Whether its weights are many zeros or few different values, which files store packed."""
+        return False
+
     def label(self) -> str:
         """A short name for tables; ``repr`` is the whole value."""
         return repr(self)

@@ -125,6 +125,7 @@ def test_picture_is_what_its_script_draws() -> None:
         "training.md",
         "learned_precision.md",
         "sparse_paths.md",
+        "compression.md",
         "binary.md",
         "modelled_hardware.md",
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Iterator
 
@@ -16,6 +17,7 @@ from bitsmith.techniques.binary import Binary
 from bitsmith.techniques.degree_quant import DegreeQuant
 from bitsmith.techniques.float_ import Float
 from bitsmith.techniques.int_ import Int
+from bitsmith.techniques.palette import Palette
 from bitsmith.techniques.sparse import Sparse
 from bitsmith.techniques.sparse_paths import SparsePaths
 from bitsmith.techniques.winograd import Winograd
@@ -29,6 +31,12 @@ CHOSEN: tuple[Technique, ...] = (
     Int(8, 16, affine_weights=True),
     Sparse(0.2),
     Sparse(0.3, "kernel"),
+    Sparse(0.5, "n:m", m=2),
+    Sparse(0.25, "block", block=(2, 1), schedule="polynomial"),
+    Palette(2, group=2, learn="soft"),
+    Palette(3, "uniform", of=Sparse(0.4)),
+    Int(8, 8, of=Palette(3, of=Sparse(0.5))),
+    Int(4, 4, granularity="tensor", of=Sparse(0.5)),
     SparsePaths(6, (4, 1), seed=3, signs="fixed"),
     SparsePaths(9, generator="random"),
     Binary("none", activations=True, cancel_gradient=0.5),
@@ -43,7 +51,9 @@ def in_package() -> Iterator[type[Technique]]:
     for module in pkgutil.iter_modules(bitsmith.techniques.__path__):
         found = vars(importlib.import_module(f"bitsmith.techniques.{module.name}"))
         for value in found.values():
-            if isinstance(value, type) and issubclass(value, Technique) and value.__module__.endswith(module.name):
+            if not isinstance(value, type) or not issubclass(value, Technique) or inspect.isabstract(value):
+                continue
+            if value.__module__.endswith(module.name):
                 yield value
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import bitsmith as bs
+from bitsmith.model.apply import additions_of
 
 
 def pruned(model: nn.Module, x: torch.Tensor, technique: bs.Sparse) -> nn.Module:
@@ -59,5 +62,64 @@ def test_impossible_densities(density: float) -> None:
 
 
 def test_impossible_granularity() -> None:
-    with pytest.raises(ValueError, match="block"):
-        bs.Sparse(0.5, "block")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="row"):
+        bs.Sparse(0.5, "row")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"granularity": "n:m", "density": 0.3},
+        {"m": 0},
+        {"block": (0, 1)},
+        {"first": 0.0},
+        {"schedule": "linear"},
+        {"begin": 0.5, "end": 0.5},
+        {"every": 0},
+    ],
+    ids=str,
+)
+def test_impossible_options(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="Sparse"):
+        bs.Sparse(**options)
+
+
+def test_what_does_not_divide_is_refused() -> None:
+    site = bs.sites(nn.Sequential(nn.Conv2d(6, 8, 3)), torch.zeros(1, 6, 5, 5))["0"]
+    assert "m=4" in str(bs.Sparse(0.5, "n:m").fits(site))
+    assert "(3, 1)" in str(bs.Sparse(0.5, "block", block=(3, 1)).fits(site))
+    assert bs.Sparse(0.5, "n:m", m=2).fits(site)
+    assert bs.Sparse(0.5, "block").fits(site)
+    with pytest.raises(ValueError, match="m=4"):
+        bs.apply(
+            nn.Sequential(nn.Conv2d(6, 8, 3)), bs.Plan({"0": bs.Sparse(0.5, "n:m")}), [(torch.zeros(1, 6, 5, 5), None)]
+        )
+
+
+def test_sizes_of_structures() -> None:
+    site = bs.sites(nn.Sequential(nn.Conv2d(16, 16, 3)), torch.zeros(1, 16, 5, 5))["0"]
+    assert bs.Sparse(0.5, "n:m").bits(site) == 32 * 1152 + 2304  # a bit each is as much as 2 for each that is left
+    assert bs.Sparse(0.25, "n:m").bits(site) == 32 * 576 + 576 * 2
+    assert bs.Sparse(0.5, "block").bits(site) == 32 * 288 * 4 + 576
+
+
+def test_the_polynomial_schedule_opens_and_closes() -> None:
+    torch.manual_seed(0)
+    data = [(torch.randn(16, 8), torch.randn(16, 4)) for _ in range(3)]
+    technique = bs.Sparse(0.25, schedule="polynomial", end=0.8, every=1)
+    net = bs.apply(nn.Sequential(nn.Linear(8, 4)), bs.Plan({"0": technique}), data)
+    cell = additions_of(net).cells["0"]
+    assert isinstance(cell, bs.Cell)
+    mask = dict(cell.named_buffers())["makes.kept"]
+    assert int(mask.sum()) == 8  # without training it is as sparse as asked
+    seen = []
+    for done in range(20):
+        cell.step(done, 20)
+        net(data[0][0])
+        seen.append(int(mask.sum()))
+    for done, count in enumerate(seen):
+        sparsity = 0.75 * (1 - (1 - min((done + 1) / 20 / 0.8, 1)) ** 3)
+        assert count == max(1, round((1 - sparsity) * 32))
+    assert seen[-1] == 8
+    trained = bs.finetune(net, data, nn.functional.mse_loss, steps=20, seed=1)
+    assert int(dict(trained.named_buffers())["_bitsmith.cells.0.makes.kept"].sum()) == 8

@@ -103,6 +103,11 @@ def origin_of(metadata: Mapping[str, str]) -> Origin:
     return parse_scopes(metadata.get(SCOPES, ""))
 
 
+def owner_of(metadata: Mapping[str, str]) -> str:
+    """The site that a node belongs to, the layer where a normalisation was folded into it; "" if there is none."""
+    return metadata.get(_OWNER) or origin_of(metadata).site
+
+
 def site_map(model: onnx.ModelProto, sites: Iterable[str] = ()) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
     """``nodes``: site -> its nodes' names. ``values``: tensor -> name of its float value in the file.
 

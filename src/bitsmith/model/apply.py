@@ -224,6 +224,7 @@ def build(
     check_weights(net.model)
     if plan.prepare:
         net = ready or prepared(net, plan, calibration)
+        plan.check(net.record)  # a step may have removed channels
     placement = place(plan, net.record)
     statistics = calibrate(net, placement.wanted, calibration, progress) if placement.wanted else {}
     record = net.with_statistics(statistics).record

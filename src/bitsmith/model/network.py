@@ -46,10 +46,11 @@ class Network:
         """The same network with other weights, recorded anew; statistics of the old ones are dropped.
 
         ``grids``: (site, operand) -> (scale, zero point) of a weight that is on its grid now, of the shape that the
-        technique there gives them; what earlier steps fixed is kept.
+        technique there gives them; what earlier steps fixed is kept, and the importance of weights.
         """
         again = network(model, self.example, forward=self.forward, names=self.expand)
-        return replace(again, record=replace(again.record, grids={**self.record.grids, **(grids or {})}))
+        kept, importance = {**self.record.grids, **(grids or {})}, self.record.importance
+        return replace(again, record=replace(again.record, grids=kept, importance=importance))
 
     def with_statistics(self, statistics: Mapping[str, Any]) -> Network:
         return replace(self, record=replace(self.record, statistics=statistics))

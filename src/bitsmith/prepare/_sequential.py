@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,13 +14,15 @@ from ..data import batch_size, call, items
 from ..model.apply import additions_of, build
 from ..model.calibrate import calibrate
 from ..model.formats import place
+from ..model.intercept import instrument
 from ..model.keys import encode_key
-from ..model.network import Network
+from ..model.network import Network, duplicate
+from ..model.replay import Call
 from ..numerics.weights import folded_affine
 from ..plan import Plan
 from ..site import Format, Range, Site
 from ..technique import Cell, PrepareError
-from ._layers import Layer, fold_factor, folded_weight, layers, tensor_at, watched
+from ._layers import Layer, LayerHandler, fold_factor, folded_weight, layers, tensor_at, watched
 
 LANES = 64
 """At most that many items of a loader are computed side by side."""
@@ -113,11 +115,11 @@ def round_weights(
             f"{step}: the plan puts no integer technique at a convolution or linear layer that "
             "is called once and shares its weight with nobody; give such sites one, or leave the step out"
         )
-    inputs = list(_first(data, samples))
+    inputs = list(first_samples(data, samples))
     sizes = [batch_size(item) for item in inputs]
     total = sum(sizes)
     grids: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
-    with _Lanes() as lanes:
+    with Lanes() as lanes:
         for name in found:
             cell = additions_of(simulated).cells[encode_key(name)]
             assert isinstance(cell, Cell)
@@ -159,7 +161,7 @@ def round_weights(
     return net.with_model(net.model, grids).with_statistics(statistics)
 
 
-def _first(data: Any, samples: int) -> Iterator[Any]:
+def first_samples(data: Any, samples: int) -> Iterator[Any]:
     """The inputs of a loader's first items, ``samples`` samples at most (but one item) and ``LANES`` items."""
     seen = 0
     for count, (inputs, _) in enumerate(items(data, "calibration")):
@@ -351,7 +353,7 @@ class _Lane:
             raise self.error
 
 
-class _Lanes:
+class Lanes:
     """Forwards that advance from site to site together."""
 
     def __init__(self) -> None:
@@ -380,7 +382,7 @@ class _Lanes:
             for lane in here.values():
                 lane.resume()
 
-    def __enter__(self) -> _Lanes:
+    def __enter__(self) -> Lanes:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -394,9 +396,30 @@ class _Lanes:
 class _Stop:
     """Forward pre-hook of a simulated site's cell."""
 
-    def __init__(self, lanes: _Lanes, name: str) -> None:
+    def __init__(self, lanes: Lanes, name: str) -> None:
         self.lanes, self.name = lanes, name
 
     def __call__(self, cell: nn.Module, operands: tuple[Any, ...]) -> None:
         assert isinstance(cell, Cell)
         self.lanes.stop(self.name, cell.read(0, operands[0]))
+
+
+class _Pause(LayerHandler):
+    """Stops a float network before each of some layers, whose weights may change while it waits."""
+
+    def __init__(self, net: Network, lanes: Lanes, names: Iterable[str]) -> None:
+        super().__init__(net)
+        self.lanes = lanes
+        self.watch(names)
+
+    def compute(self, name: str, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        operands, _ = call.operation.split(args, kwargs)
+        self.lanes.stop(name, operands[0])
+        return call.run(*args, **kwargs)
+
+
+def paused(net: Network, names: Iterable[str], lanes: Lanes) -> nn.Module:
+    """A copy of the float network, in eval, that waits in its lane before it computes each of those sites."""
+    replica = duplicate(net.model).eval()
+    instrument(replica, _Pause(net, lanes, names), net.modules)
+    return replica

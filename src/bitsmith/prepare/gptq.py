@@ -65,7 +65,7 @@ class Gptq(Step):
             order = torch.argsort(diagonal, dim=1, descending=True, stable=True)
             hessian = hessian.gather(1, order[:, :, None].expand_as(hessian))
             hessian = hessian.gather(2, order[:, None].expand_as(hessian))
-        return self._round(matrix, _inverse_factor(hessian, self.damp), order)
+        return self._round(matrix, inverse_factor(hessian, self.damp), order)
 
     def _round(self, matrix: Matrix, factor: Tensor, order: Tensor | None) -> Rounded:
         """``factor``: upper Cholesky factor of the inverse Hessian, (groups, in, in), columns in that order."""
@@ -101,7 +101,7 @@ class Gptq(Step):
         return Rounded(integers, scale, zero)
 
 
-def _inverse_factor(hessian: Tensor, damp: float) -> Tensor:
+def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
     """Upper U with ``U' U`` the inverse of the damped Hessian, float32; in float64 inside. ``hessian`` is changed."""
     diagonal = hessian.diagonal(dim1=1, dim2=2)
     mean = diagonal.mean(1, keepdim=True)

@@ -103,7 +103,8 @@ def promised(
         technique = plan.get(name)
         folded = dict.fromkeys(site.epilogue, Realised("folded", f"into {name}"))
         if technique is None or technique.form(site) == "float":
-            verdicts.setdefault(name, Realised(floating))
+            small = technique is not None and technique.compact()
+            verdicts.setdefault(name, Realised(floating, "size only: its weights are stored packed" if small else ""))
             verdicts.update(folded if site.kind in fusing else {})
             continue
         verdict = target.supports(technique, site)

@@ -20,6 +20,7 @@ from ..export.forms import onnxruntime_form
 from ..export.names import site_names
 from ..export.onnx import site_map, to_onnx
 from ..export.program import applied_program
+from ..export.storage import packed
 from ..export.translations import DOMAIN
 from ..model.apply import is_applied, plan_of
 from ..model.formats import place
@@ -160,7 +161,7 @@ class OnnxRuntime(Target):
         """Bring a graph into the form that ONNX Runtime fuses, save it, and its map beside it."""
         import onnx
 
-        model = onnxruntime_form(model)
+        model = packed(onnxruntime_form(model), plan)
         if any(node.domain == DOMAIN for node in model.graph.node):
             raise TargetError(f"{NO_WINOGRAD}; adapt the plan first, which puts direct convolutions in their place")
         nodes, values = site_map(model, sites)

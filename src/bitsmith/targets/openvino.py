@@ -20,6 +20,7 @@ from ..export.forms import openvino_form
 from ..export.names import site_names
 from ..export.onnx import site_map, to_onnx
 from ..export.program import applied_program
+from ..export.storage import OPENVINO_NODE, packed
 from ..model.apply import is_applied, plan_of
 from ..model.formats import place
 from ..numerics.winograd_operation import FORM
@@ -176,7 +177,8 @@ class OpenVino(Target):
         self, model: onnx.ModelProto, path: str | Path, sites: Sequence[str], plan: Plan, batch: int | None = None
     ) -> Artifact:
         """Read a graph into OpenVINO and save it, its weights and its map."""
-        exported = openvino_form(model, one_bit=self.kernels and _openvino_kernels.missing_signs() is None)
+        one_bit = self.kernels and _openvino_kernels.missing_signs() is None
+        exported = packed(openvino_form(model, one_bit=one_bit), plan, OPENVINO_NODE, integers=False)
         return self.save(exported, path, *site_map(exported, sites), plan, batch)
 
     def save(

@@ -17,6 +17,7 @@ from ..numerics.ranges import weight_qparams
 from ..numerics.weights import dequantize_bias, fake_quantize_weight, folded_affine, integers_of, learned_weight
 from ..site import Format, Learn, Range, Record, Site
 from ..technique import Cell, No, Technique
+from ._weights import Weights, WeightTechnique
 
 Granularity = Literal["tensor", "channel", "group"]
 
@@ -36,7 +37,9 @@ class Int(Technique):
     its epilogue; runtimes that need one get it from ``target.adapt``. ``unsigned``: operands, by position, that are
     never negative and stored so whatever ``signed`` says: one bit more for what comes from a softmax. ``learn``: how
     the activations' grid is trained, and ``weight_learn`` that of the weights; None keeps what calibration chose. Where
-    bits are learned, ``w`` and ``a`` are those at the start, and what ``settle`` gives has those at the end.
+    bits are learned, ``w`` and ``a`` are those at the start, and what ``settle`` gives has those at the end. ``of``:
+    the weights that are quantized are those that a :class:`~bitsmith.Sparse` or :class:`~bitsmith.Palette` left; the
+    values of a palette are then integers of the grid.
 
     >>> Int(8, 8)
     Int(w=8, a=8)
@@ -57,6 +60,7 @@ class Int(Technique):
     unsigned: tuple[int, ...] = ()
     learn: Learn | None = None
     weight_learn: Learn | None = None
+    of: WeightTechnique | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.w, int) or not 2 <= self.w <= 8:
@@ -73,6 +77,10 @@ class Int(Technique):
             raise ValueError(f"Int(a={self.a}, learn={self.learn}): grids of 2 to 8 bits are learned")
         if self.weight_learn is not None and self.affine_weights:
             raise ValueError("Int(affine_weights=True, weight_learn=...): grids of symmetric weights are learned")
+        if self.of is not None and not isinstance(self.of, WeightTechnique):
+            raise ValueError(f"Int(of={self.of!r}): weights that another technique left: Sparse(...), Palette(...)")
+        if self.of is not None and (self.affine_weights or self.granularity == "group"):
+            raise ValueError("Int(of=...): weights that another technique left have one symmetric scale per channel")
 
     def __repr__(self) -> str:
         return f"Int({', '.join(f'{name}={value!r}' for name, value in self._changed())})"
@@ -110,7 +118,7 @@ class Int(Technique):
                 return No(f"weights of {site.kind} have no groups along axis 1")
             if weight.shape[1] % self.group:
                 return No(f"the reduction axis has {weight.shape[1]} entries, not a multiple of group={self.group}")
-        return True
+        return True if self.of is None else self.of.fits(site)
 
     def reads(self, site: Site) -> tuple[Format | None, ...]:
         if self.a is None:
@@ -139,7 +147,11 @@ class Int(Technique):
             scales = 1 if axis is None else weight.shape[axis]
         elif self.granularity == "group":
             scales = weight.numel // self.group
-        return weight.numel * self.w + scales * (32.0 + (8.0 if self.affine_weights else 0.0))
+        integers = weight.numel * self.w if self.of is None else self.of.stored(site, self.w)
+        return integers + scales * (32.0 + (8.0 if self.affine_weights else 0.0))
+
+    def compact(self) -> bool:
+        return self.of is not None
 
     def build(self, site: Site, record: Record, rng: torch.Generator) -> Cell:
         return _IntCell(site, self, record)
@@ -192,6 +204,7 @@ class _IntCell(Cell):
         self.axis: int | None = None
         self.technique, self.learn = technique, technique.weight_learn
         self.grid: Grid | None = None
+        self.of: Weights | None = None
         self._kept: Derived[tuple[Tensor, Tensor | None]] = Derived()
         self.int32_bias = site.kind in _INT32_BIAS and technique.a is not None and not technique.group
         if weight is None:
@@ -218,6 +231,9 @@ class _IntCell(Cell):
         self.weight_zero_point: Tensor
         self.register_buffer("weight_scale", scale)
         self.register_buffer("weight_zero_point", zero_point)
+        self.of = (
+            None if technique.of is None else technique.of.weights(site, record, values, self._along(scale, values))
+        )
         self._first_bias = None if bias is None else bias.detach().float().abs()
         self.elements = values.numel()
 
@@ -252,7 +268,8 @@ class _IntCell(Cell):
         if self.frozen:
             return self._shipped(bias)
         learned = () if self.grid is None else tuple(self.grid.parameters())
-        given = (weight, bias, self.weight_scale, self._input_scale(), *learned, *self._statistics())
+        left = () if self.of is None else tuple(self.of.buffers())
+        given = (weight, bias, self.weight_scale, self._input_scale(), *learned, *left, *self._statistics())
         sources = [t for t in given if t is not None]
         return self._kept.of(sources, lambda: self._simulated(weight, bias))
 
@@ -281,9 +298,19 @@ class _IntCell(Cell):
         return folded, self._bias_on_grid(shift + bias * factor if bias is not None else shift)
 
     def _on_grid(self, weight: Tensor) -> Tensor:
+        if self.of is not None:
+            weight = self.of(weight, self._along(self._scale(), weight))
         if self.grid is not None:
             return learned_weight(weight, self.grid, self.axis)
         return fake_quantize_weight(weight, self.weight_scale, self.weight_zero_point, self.axis, self.format)
+
+    def _along(self, scale: Tensor, weight: Tensor) -> Tensor:
+        """A scale shaped to multiply the weight."""
+        return scale if self.axis is None else scale.reshape([-1 if i == self.axis else 1 for i in range(weight.dim())])
+
+    def step(self, done: int, total: int) -> None:
+        if self.of is not None:
+            self.of.step(done, total)
 
     def _scale(self) -> Tensor:
         """The step of the weights, without a gradient."""

@@ -1,0 +1,127 @@
+"""Palettes: few values that many weights share. Rows are clustered apart, each one-dimensional, so sorting does it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_BINS = 2048
+
+
+def kmeans(values: Tensor, count: int, importance: Tensor | None = None, iterations: int = 100) -> Tensor:
+    """The ``count`` values by which each row is best replaced: (rows, n) -> (rows, count), ascending, float32.
+
+    Lloyd's algorithm (1982, doi:10.1109/TIT.1982.1056489) on sorted rows, where a cluster is an interval and its mean
+    a difference of running sums: an iteration costs ``count log n``. It starts from two sets, evenly spread (Han et
+    al. 2016, arXiv:1510.00149, section 3.2) and spread by the cube root of the density (Panter and Dite 1951,
+    doi:10.1109/JRPROC.1951.230419), and keeps the better end of the two by row. ``importance``: weight of every
+    value's squared error, shaped as ``values``, 0 or more. A row of at most ``count`` different values keeps them.
+
+    >>> kmeans(torch.tensor([[0.0, 0.1, 1.0, 1.1]]), 2)
+    tensor([[0.0500, 1.0500]])
+    """
+    ordered, order = values.detach().double().sort(dim=1)
+    weight = torch.ones_like(ordered) if importance is None else importance.detach().double().gather(1, order)
+    # rows without any importance count evenly
+    weight = torch.where(weight.sum(1, keepdim=True) > 0, weight, torch.ones_like(weight))
+    sums = [_running(weight), _running(weight * ordered), _running(weight * ordered.square())]
+    best, least = torch.empty(0), torch.empty(0)
+    for start in (_spread(ordered, weight, count, 0.0), _spread(ordered, weight, count, 1 / 3)):
+        found, error = _lloyd(ordered, sums, start, iterations)
+        if not len(best):
+            best, least = found, error
+        else:
+            best = torch.where((error < least)[:, None], found, best)
+    distinct = (ordered[:, 1:] != ordered[:, :-1]).sum(1) + 1
+    for row in (distinct <= count).nonzero().flatten().tolist():
+        own: Tensor = torch.unique(ordered[row])
+        best[row] = torch.cat((own, own[-1:].expand(count - len(own))))
+    return best.float()
+
+
+def uniform(values: Tensor, count: int) -> Tensor:
+    """``count`` evenly spread values from the least to the greatest of each row: (rows, n) -> (rows, count)."""
+    low, high = values.detach().float().aminmax(dim=1, keepdim=True)
+    return low + (high - low) * torch.linspace(0, 1, count, device=values.device)
+
+
+def nearest(values: Tensor, codebook: Tensor) -> Tensor:
+    """The index of the value of an ascending codebook nearest to each weight; of two equally near, the lower.
+
+    ``values`` (rows, n), ``codebook`` (rows, k) -> int64 (rows, n).
+    """
+    middle = (codebook[:, 1:] + codebook[:, :-1]) / 2
+    return torch.searchsorted(middle.contiguous(), values.detach().to(middle.dtype).contiguous())
+
+
+def looked_up(codebook: Tensor, index: Tensor) -> Tensor:
+    """Entries of each row's codebook: (rows, k), (rows, n) -> (rows, n)."""
+    return codebook.gather(1, index)
+
+
+def soft(values: Tensor, codebook: Tensor, temperature: float, iterations: int = 5) -> tuple[Tensor, Tensor]:
+    """Differentiable k-means (Cho et al. 2022, arXiv:2108.12659, section 3): (soft weights, values of the palette).
+
+    Attention ``a = softmax(-|w - c| / tau)``, ``c <- sum a w / sum a``, repeated; the weights are ``a c``. ``tau`` is
+    ``temperature`` times the mean distance of neighbouring values, so that it means the same at any scale. Shapes as
+    in :func:`nearest`. The gradient goes through the last iteration only; the paper's through all, which keeps
+    (n x k) numbers for each.
+    """
+    centres = codebook
+    with torch.no_grad():
+        for _ in range(iterations - 1):
+            centres = _attended(values, _attention(values, centres, temperature), centres)
+    attention = _attention(values, centres, temperature)
+    centres = _attended(values, attention, centres)
+    return torch.einsum("rnk,rk->rn", attention, centres), centres
+
+
+def _attention(values: Tensor, centres: Tensor, temperature: float) -> Tensor:
+    centres = centres.detach()
+    gap = (centres.amax(1) - centres.amin(1)) / max(centres.shape[1] - 1, 1)
+    tau = (temperature * gap).clamp_min(torch.finfo(values.dtype).tiny)[:, None, None]
+    return torch.softmax(-(values[:, :, None] - centres[:, None]).abs() / tau, dim=2)
+
+
+def _attended(values: Tensor, attention: Tensor, centres: Tensor) -> Tensor:
+    total = attention.sum(1)
+    means = torch.einsum("rnk,rn->rk", attention, values) / total.clamp_min(1e-12)
+    return torch.where(total > 1e-12, means, centres.detach())
+
+
+def _running(values: Tensor) -> Tensor:
+    """Sums of the first 0, 1, ..., n entries of each row: (rows, n + 1)."""
+    return torch.nn.functional.pad(values.cumsum(1), (1, 0))
+
+
+def _spread(ordered: Tensor, weight: Tensor, count: int, power: float) -> Tensor:
+    """Values spread by that power of the density: (rows, count), ascending."""
+    low, high = ordered[:, :1], ordered[:, -1:]
+    place = torch.arange(count, dtype=ordered.dtype, device=ordered.device)
+    if power == 0.0:
+        return low + (high - low) * place / max(count - 1, 1)
+    width = (high - low).clamp_min(torch.finfo(ordered.dtype).tiny)
+    bins = ((ordered - low) / width * _BINS).long().clamp_(0, _BINS - 1)
+    density = torch.zeros(len(ordered), _BINS, dtype=ordered.dtype, device=ordered.device).scatter_add_(1, bins, weight)
+    mass = density.pow(power).cumsum(1)
+    wanted = (mass[:, -1:] * ((place + 0.5) / count)).contiguous()
+    return low + (high - low) * (torch.searchsorted(mass, wanted).to(ordered.dtype) + 0.5) / _BINS
+
+
+def _lloyd(ordered: Tensor, sums: list[Tensor], centres: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    """The centres at the end, and the squared error of each row."""
+    cuts = torch.empty(0)
+    ends = torch.tensor([0, ordered.shape[1]], device=ordered.device).expand(len(ordered), 2)
+    for _ in range(iterations):
+        middle = ((centres[:, 1:] + centres[:, :-1]) / 2).contiguous()
+        found = torch.searchsorted(ordered, middle, right=True)
+        if cuts.shape == found.shape and torch.equal(found, cuts):
+            break
+        cuts = found
+        bounds = torch.cat((ends[:, :1], cuts, ends[:, 1:]), dim=1)
+        count, total, square = (s.gather(1, bounds).diff(dim=1) for s in sums)
+        # an empty cluster stays where it is
+        centres = torch.where(count > 0, total / count.clamp_min(torch.finfo(count.dtype).tiny), centres)
+        centres = centres.sort(dim=1).values
+    error = (square - torch.where(count > 0, total.square() / count.clamp_min(1e-300), 0.0)).sum(1)
+    return centres, error

@@ -1,0 +1,1 @@
+"""Accuracy against bytes: quantized, shared and pruned weights, and what they give together."""
