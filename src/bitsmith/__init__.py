@@ -95,6 +95,7 @@ from .techniques.binary import Binary as Binary
 from .techniques.degree_quant import DegreeQuant as DegreeQuant
 from .techniques.float_ import Float as Float
 from .techniques.int_ import Int as Int
+from .techniques.ovsf import Ovsf as Ovsf
 from .techniques.sparse import Sparse as Sparse
 from .techniques.sparse_paths import InitialisePaths as InitialisePaths
 from .techniques.sparse_paths import SparsePaths as SparsePaths
@@ -141,6 +142,7 @@ __all__ = [
     "ModelRunError",
     "No",
     "Optimized",
+    "Ovsf",
     "Plan",
     "PlanError",
     "PrecisionStep",
