@@ -91,6 +91,7 @@ from .technique import PrepareError as PrepareError
 from .technique import Step as Step
 from .technique import Technique as Technique
 from .technique import Wants as Wants
+from .techniques.adder import Adder as Adder
 from .techniques.binary import Binary as Binary
 from .techniques.degree_quant import DegreeQuant as DegreeQuant
 from .techniques.float_ import Float as Float
@@ -108,6 +109,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdaRound",
+    "Adder",
     "Artifact",
     "Binary",
     "Budget",

@@ -2,13 +2,25 @@
 
 :class:`Winograd` packs the weights of one layer and runs it on 8-bit images; :func:`isas` says what this CPU has.
 The arithmetic is specified bit for bit in the README; every instruction set gives the same bits.
-:class:`BinaryLinear` multiplies signs by signs.
+:class:`BinaryLinear` multiplies signs by signs; :class:`AdderLayer` has L1 distances in place of products.
 """
 
 from ._library import compiler, isas, peak
+from .adder import AdderLayer, adder_isas
 from .binary import BinaryLinear, binary_isas, pack_signs
 from .winograd import Winograd
 
 __version__ = "0.1.0"
 
-__all__ = ["BinaryLinear", "Winograd", "binary_isas", "compiler", "isas", "pack_signs", "peak", "__version__"]
+__all__ = [
+    "AdderLayer",
+    "BinaryLinear",
+    "Winograd",
+    "adder_isas",
+    "binary_isas",
+    "compiler",
+    "isas",
+    "pack_signs",
+    "peak",
+    "__version__",
+]
