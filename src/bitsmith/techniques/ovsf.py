@@ -118,8 +118,9 @@ class Ovsf(Technique):
 class _OvsfCell(Cell):
     """Weights from coefficients and codes, or the codes as layer and the coefficients as another.
 
-    ``alpha``: [vectors, codes], trained. ``index``: int64 [codes], numbers in the code tree. ``codes``: of them +1 and
-    -1, [codes, weights of a vector], made again where a state is loaded. ``materialise`` stores what ships:
+    ``alpha``: [vectors, codes], trained: the coefficients times ``sqrt(codes)``, so that a step of Adam moves weights
+    about as far as those of a plain layer. ``index``: int64 [codes], numbers in the code tree. ``codes``: of them +1
+    and -1, [codes, weights of a vector], made again where a state is loaded. ``materialise`` stores what ships:
     ``weight_f``, the generated weights, or ``mix_f``, the weights of the layer behind the codes.
     """
 
@@ -139,7 +140,9 @@ class _OvsfCell(Cell):
         self.codes: Tensor
         self.register_buffer("index", index)
         self.register_buffer("codes", self._codes(weight.dtype), persistent=False)
-        self.alpha = nn.Parameter(ovsf.coefficients(vectors, index).to(weight.dtype).contiguous())
+        self.unit = 1.0 / math.sqrt(count)
+        start = ovsf.coefficients(vectors, index) / self.unit
+        self.alpha = nn.Parameter(start.to(weight.dtype).contiguous())
         self._kept: Derived[Tensor] = Derived()
 
     def _codes(self, dtype: torch.dtype) -> Tensor:
@@ -162,13 +165,13 @@ class _OvsfCell(Cell):
     def _coefficients(self) -> Tensor:
         """As they are stored: [vectors, codes]."""
         if self.bits is None:
-            return self.alpha
+            return self.alpha * self.unit
         rows = self.alpha.reshape(self.shape[0], -1)
         if self.bits == 1:
-            return (binarize(rows, False) * rows.abs().mean(1, keepdim=True)).view_as(self.alpha)
+            return (binarize(rows, False) * rows.abs().mean(1, keepdim=True) * self.unit).view_as(self.alpha)
         limit = 2 ** (self.bits - 1) - 1
         scale: Tensor = rows.detach().abs().amax(1, keepdim=True).clamp(min=1e-12) / limit
-        return (rounded(rows / scale, limit) * scale).view_as(self.alpha)
+        return (rounded(rows / scale, limit) * scale * self.unit).view_as(self.alpha)
 
     def _through_codes(self, x: Tensor, **rest: Any) -> Tensor:
         """The operation with the codes as filters, behind it the mix."""
