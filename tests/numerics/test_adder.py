@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitsmith.numerics import adder
-from bitsmith.numerics.magnitude import Magnitude
 
 SQUARE = adder.Geometry((3, 3), pads=(1, 1, 1, 1))
 
@@ -175,12 +174,3 @@ def test_compiled_it_is_the_same() -> None:
 def test_a_patch_that_does_not_fit() -> None:
     with pytest.raises(ValueError, match="smaller than a patch"):
         adder.negative_distance(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 3, 3), adder.Geometry((3, 3)))
-
-
-def test_magnitude() -> None:
-    seen = Magnitude().start()
-    for values in ([1.0, -3.0], [2.0]):
-        seen.update(torch.tensor(values))
-    assert (seen.greatest, seen.count) == (3.0, 3)
-    with pytest.raises(ValueError, match="NaN"):
-        seen.update(torch.tensor([float("nan")]))

@@ -72,13 +72,36 @@ def test_rounded_both_lie_on_their_grids(bits: int, scales: Any) -> None:
 
 def test_integers_on_one_grid_are_subtracted_as_they_are() -> None:
     torch.manual_seed(0)
-    layer, x = nn.Linear(64, 8, bias=False), torch.randn(5, 64)
+    layer, x = nn.Linear(64, 8, bias=False), 0.01 * torch.randn(5, 64)
     net = given(layer, x, bs.Adder(precision=8))
-    (scale,) = (value for key, value in net.state_dict().items() if key.endswith(".scale"))
-    assert float(scale[0]) == float(scale[1])
-    a, b = (torch.round(t.detach() / scale[0]).long() for t in (x, layer.weight))
+    scale = layer.weight.detach().abs().max() / 127  # the greater range is that of the filters
+    a, b = (torch.round(t.detach() / scale).long() for t in (x, layer.weight))
     with torch.no_grad():
-        torch.testing.assert_close(net(x), -(a[:, None] - b).abs().sum(2) * scale[0])
+        torch.testing.assert_close(net(x), -(a[:, None] - b).abs().sum(2) * scale)
+
+
+def test_the_range_follows_training_and_then_stays() -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(16, 8, bias=False), torch.randn(5, 16)
+    net = given(layer, x, bs.Adder(precision=8))
+
+    def greatest() -> float:
+        (found,) = (float(value) for key, value in net.state_dict().items() if key.endswith(".greatest"))
+        return found
+
+    with torch.no_grad():
+        net.eval()(x)
+        assert greatest() == 0.0
+        net.train()(2 * x)
+        first = float(2 * x.abs().max())
+        assert greatest() == pytest.approx(first)
+        net(4 * x)
+        assert greatest() == pytest.approx(0.9 * first + 0.1 * 2 * first)
+        kept, y = greatest(), net.eval()(100 * x)
+        assert greatest() == kept
+        clipped = torch.round((100 * x / kept * 127).clamp(-127, 127)) * kept / 127
+        weight = torch.round(layer.weight / kept * 127) * kept / 127
+        torch.testing.assert_close(y, -(clipped[:, None] - weight).abs().sum(2))
 
 
 def test_size_and_operations() -> None:

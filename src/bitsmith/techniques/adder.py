@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from ..numerics import adder
-from ..numerics.magnitude import Magnitude
 from ..numerics.straight_through import rounded
 from ..site import Record, Site
-from ..technique import Cell, No, Technique, Wants
+from ..technique import Cell, No, Technique
 from ._masked import refusal
+
+_MOMENTUM = 0.1
+"""Of the range of the inputs."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,11 @@ class Adder(Technique):
     the layer is then scaled to the norm ``eta sqrt(k)``, k being its number of weights, in every backward pass; None
     leaves it as it is.
 
-    ``precision``: bits of inputs and filters, 4 to 16, symmetric, rounded after training or trained so; None for float.
-    Differences of integers need one grid for both: ``scales`` ``shared`` has the scale that the greater of both ranges
-    needs (Wang et al. 2021, arXiv:2101.10015), ``separate`` one for each, a control that must multiply before it
-    subtracts.
+    ``precision``: bits of inputs and filters, 4 to 16, symmetric; None for float. Differences of integers need one grid
+    for both: ``scales`` ``shared`` has the scale that the greater of both ranges needs (Wang et al. 2021,
+    arXiv:2101.10015), ``separate`` one for each, a control that must multiply before it subtracts. The range of the
+    inputs is a running mean of the greatest magnitudes of batches in training mode, as calibration sees the float
+    network, which computes products here; before the first every batch is rounded in its own range.
 
     Needs training, best from filters of deviation 1. No runtime here has a kernel of distances: what is exported
     subtracts, takes magnitudes and adds in float, at a layer's memory many times over.
@@ -70,9 +73,6 @@ class Adder(Technique):
             return No(f"its input has {len(site.operands[0].shape)} dimensions; one of batch is needed")
         return True
 
-    def wants(self, site: Site) -> Wants:
-        return Wants() if self.precision is None else Wants(observers=(Magnitude(),))
-
     def bits(self, site: Site) -> float:
         """Filters in ``precision`` bits and a float32 scale, or two; in float32."""
         weight = site.weight
@@ -86,43 +86,52 @@ class Adder(Technique):
         return 2 * site.macs, 0
 
     def build(self, site: Site, record: Record, rng: torch.Generator) -> Cell:
-        return _AdderCell(site, self, record)
+        return _AdderCell(site, self)
 
 
 class _AdderCell(Cell):
-    """Distances to the filters. ``scale``: float32 [2], of the inputs and of the filters, where they are rounded."""
+    """Distances to the filters. ``greatest``: float32 (), the range of the inputs; ``seen``: int64 (), batches that it
+    was made of."""
 
     fresh = True
 
-    def __init__(self, site: Site, technique: Adder, record: Record) -> None:
+    def __init__(self, site: Site, technique: Adder) -> None:
         super().__init__(site)
         adder.load()
         self.technique = technique
         self.geometry = _geometry(site)
-        self.scale: Tensor
+        self.greatest: Tensor
+        self.seen: Tensor
         if technique.precision is not None:
-            seen = record.statistics.get(((site.name, 0), Magnitude()))
-            if seen is None or not seen.count:
-                raise ValueError(f"{site.name!r}: nothing was collected of its input; see Technique.wants")
-            weight = record.weights[site.name, 1].detach().float()
-            greatest = torch.stack((torch.tensor(seen.greatest).to(weight), weight.abs().max())).clamp(min=1e-12)
-            if technique.scales == "shared":
-                greatest = greatest.max().expand(2)
-            self.limit = 2 ** (technique.precision - 1) - 1
-            self.register_buffer("scale", greatest / self.limit)
+            self.register_buffer("greatest", torch.zeros(()))
+            self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
 
     def forward(self, x: Tensor, weight: Tensor, **rest: Any) -> Tensor:
         given = self.read(0, x)
         if self.technique.precision is not None:
-            scale = self.scale.to(weight.dtype)
-            given = (rounded(given.to(weight.dtype) / scale[0], self.limit) * scale[0]).to(given.dtype)
-            weight = rounded(weight / scale[1], self.limit) * scale[1]
+            given, weight = self._rounded(given, weight, self.technique.precision)
         found = self._distances(given, weight)
         bias = rest.get("bias")
         if bias is None:
             return found
         shift: Tensor = (bias if self.kind == "linear" else bias.view(-1, *[1] * (found.dim() - 2))).to(found.dtype)
         return found + shift
+
+    def _rounded(self, x: Tensor, weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+        limit = 2 ** (bits - 1) - 1
+        with torch.no_grad():
+            here = x.detach().abs().max().float()
+            if self.training:
+                share = torch.where(self.seen == 0, 1.0, _MOMENTUM)
+                self.greatest.copy_(self.greatest.lerp(here, share))
+                self.seen.add_(1)
+            of_input = torch.where(self.seen == 0, here, self.greatest)
+            of_filters = weight.detach().abs().max().float()
+            if self.technique.scales == "shared":
+                of_input = of_filters = torch.maximum(of_input, of_filters)
+            steps = [(limit_of.clamp(min=1e-12) / limit).to(weight.dtype) for limit_of in (of_input, of_filters)]
+        on_grid = rounded(x.to(weight.dtype) / steps[0], limit) * steps[0]
+        return on_grid.to(x.dtype), rounded(weight / steps[1], limit) * steps[1]
 
     def _distances(self, x: Tensor, weight: Tensor) -> Tensor:
         how = self.geometry, self.technique.gradient, self.technique.rate
