@@ -105,11 +105,13 @@ from .technique import PrepareError as PrepareError
 from .technique import Step as Step
 from .technique import Technique as Technique
 from .technique import Wants as Wants
+from .techniques.adder import Adder as Adder
 from .techniques.binary import Binary as Binary
 from .techniques.degree_quant import DegreeQuant as DegreeQuant
 from .techniques.fisher import FisherPalettes as FisherPalettes
 from .techniques.float_ import Float as Float
 from .techniques.int_ import Int as Int
+from .techniques.ovsf import Ovsf as Ovsf
 from .techniques.palette import Palette as Palette
 from .techniques.sparse import Sparse as Sparse
 from .techniques.sparse_gpt import SparseGpt as SparseGpt
@@ -126,6 +128,7 @@ __all__ = [
     "AdaRound",
     "Adapted",
     "AdaptedStep",
+    "Adder",
     "Artifact",
     "Binary",
     "Budget",
@@ -167,6 +170,7 @@ __all__ = [
     "NetAdaptError",
     "No",
     "Optimized",
+    "Ovsf",
     "Palette",
     "Plan",
     "PlanError",

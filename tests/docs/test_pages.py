@@ -128,6 +128,8 @@ def test_picture_is_what_its_script_draws() -> None:
         "compression.md",
         "binary.md",
         "modelled_hardware.md",
+        "generated_weights.md",
+        "adder.md",
     ],
 )
 def test_python_of_the_pages_runs(page: str, given: dict[str, Any]) -> None:

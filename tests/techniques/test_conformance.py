@@ -13,10 +13,12 @@ import pytest
 import bitsmith.techniques
 from bitsmith.site import Format, Range
 from bitsmith.technique import Technique
+from bitsmith.techniques.adder import Adder
 from bitsmith.techniques.binary import Binary
 from bitsmith.techniques.degree_quant import DegreeQuant
 from bitsmith.techniques.float_ import Float
 from bitsmith.techniques.int_ import Int
+from bitsmith.techniques.ovsf import Ovsf
 from bitsmith.techniques.palette import Palette
 from bitsmith.techniques.sparse import Sparse
 from bitsmith.techniques.sparse_paths import SparsePaths
@@ -41,6 +43,10 @@ CHOSEN: tuple[Technique, ...] = (
     SparsePaths(9, generator="random"),
     Binary("none", activations=True, cancel_gradient=0.5),
     Binary("learned", stochastic=True, error_rate=0.1),
+    Adder("sign", None, 8, "separate"),
+    Adder(precision=5),
+    Ovsf(0.3, "kernel", coefficient_bits=1, compute="basis"),
+    Ovsf(0.6, codes="first", coefficient_bits=4),
     DegreeQuant(4, 4, high=0.0, percentile=None, momentum=None, gradient="ste"),
     *(Winograd(tile, bits, kind) for tile in (2, 4, 6) for bits in (8, 16, 32) for kind in ("static", "flex")),
 )

@@ -1,0 +1,1 @@
+"""Adder networks: accuracy beside convolutions, ablations, integers, modelled energy."""

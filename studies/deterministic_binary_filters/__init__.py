@@ -1,0 +1,1 @@
+"""Deterministic binary filters: accuracy against stored parameters."""
