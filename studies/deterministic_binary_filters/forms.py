@@ -85,6 +85,6 @@ def operations(plan: bs.Plan, sites: Sites) -> tuple[int, int]:
     additions = products = 0
     for name, site in sites.items():
         technique = plan.get(name)
-        more, macs = technique.operations(site) if isinstance(technique, bs.Ovsf) else (0, site.macs)
+        more, macs = technique.basis_operations(site) if isinstance(technique, bs.Ovsf) else (0, site.macs)
         additions, products = additions + more, products + macs
     return additions, products

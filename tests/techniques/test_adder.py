@@ -109,7 +109,7 @@ def test_size_and_operations() -> None:
     assert bs.Adder().bits(site) == 32 * 1152
     assert bs.Adder(precision=8).bits(site) == 8 * 1152 + 32
     assert bs.Adder(precision=8, scales="separate").bits(site) == 8 * 1152 + 64
-    assert bs.Adder().operations(site) == (2 * 25 * 1152, 0)
+    assert bs.Adder().operations(site) == {"subtract": 25 * 1152, "add": 25 * 1152}
 
 
 def test_training_learns() -> None:

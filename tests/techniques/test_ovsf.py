@@ -102,8 +102,11 @@ def test_size_counts_coefficients_scales_and_the_choice() -> None:
 def test_operations_of_the_basis_form() -> None:
     model = nn.Sequential(nn.Conv2d(8, 32, 3, padding=1))
     site = bs.sites(model, torch.zeros(1, 8, 5, 5))["0"]
-    assert bs.Ovsf(0.4, "kernel").operations(site) == (25 * 8 * 4 * 9, 25 * 32 * 8 * 4)
-    assert bs.Ovsf(0.5).operations(site) == (25 * 36 * 72, 25 * 32 * 36)
+    assert bs.Ovsf(0.4, "kernel").basis_operations(site) == (25 * 8 * 4 * 9, 25 * 32 * 8 * 4)
+    assert bs.Ovsf(0.5).basis_operations(site) == (25 * 36 * 72, 25 * 32 * 36)
+    assert bs.Ovsf(0.5).operations(site) is None
+    counted = bs.Ovsf(0.5, compute="basis").operations(site)
+    assert counted == {"multiply": 25 * 32 * 36, "add": 25 * 36 * 72 + 25 * 32 * 36}
 
 
 @pytest.mark.parametrize("compute", ["weights", "basis"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -80,10 +81,9 @@ class Adder(Technique):
             return super().bits(site)
         return float(weight.numel * self.precision + 32 * (1 if self.scales == "shared" else 2))
 
-    def operations(self, site: Site) -> tuple[int, int]:
-        """Additions (a difference and a sum for each multiply-accumulate that there was) and multiply-accumulates of
-        the site, for the recorded example."""
-        return 2 * site.macs, 0
+    def operations(self, site: Site) -> Mapping[str, float]:
+        """A difference and a sum for each multiply-accumulate that there was."""
+        return {"subtract": site.macs, "add": site.macs}
 
     def build(self, site: Site, record: Record, rng: torch.Generator) -> Cell:
         return _AdderCell(site, self)

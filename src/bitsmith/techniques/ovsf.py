@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -101,7 +102,13 @@ class Ovsf(Technique):
             stored += min(there, count * max(1, math.ceil(math.log2(there))))
         return stored
 
-    def operations(self, site: Site) -> tuple[int, int]:
+    def operations(self, site: Site) -> Mapping[str, float] | None:
+        if self.compute != "basis":
+            return None
+        additions, products = self.basis_operations(site)
+        return {"multiply": products, "add": additions + products}
+
+    def basis_operations(self, site: Site) -> tuple[int, int]:
         """Additions and multiply-accumulates of the site under ``compute="basis"``, for the recorded example."""
         assert site.weight is not None
         weight, axes, count = site.weight, self.axes(site), self.coefficients(site)
