@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -128,6 +130,17 @@ def test_a_layer_takes_maps_of_any_size_in_turn(isa: str) -> None:
     for height, width in [(28, 28), (7, 7), (1, 1), (33, 65), (7, 7)]:
         x = rng.normal(size=(1, 130, height, width)).astype(np.float32)
         np.testing.assert_array_equal(layer(x), convolved(x, weights, (1, 1), (1, 1), (1, 1, 1, 1)))
+
+
+def test_one_layer_runs_in_many_threads_at_once() -> None:
+    rng = np.random.default_rng(1)
+    weights = rng.normal(size=(40, 70, 3, 3))
+    layer = BinaryConv(weights, strides=(1, 2), pads=(1, 1, 1, 1))
+    images = [rng.normal(size=(1, 70, size, 19 - size)).astype(np.float32) for size in range(5, 13)] * 5
+    wanted = [convolved(x, weights, (1, 2), (1, 1), (1, 1, 1, 1)) for x in images]
+    with ThreadPoolExecutor(4) as pool:
+        for got, sums in zip(pool.map(lambda x: layer(x, threads=2), images), wanted, strict=True):
+            np.testing.assert_array_equal(got, sums)
 
 
 def test_a_nan_counts_as_negative() -> None:
