@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
@@ -25,8 +25,6 @@ from .report.data import Report
 from .report.explored import explored, volume
 from .search import BudgetError, Result, SearchInterrupted, search
 from .search.base import QUANTITIES, Point
-from .search.pareto import Pareto, front
-from .search.proposals import require
 from .sensitivity.inter_layer import InterLayer
 from .store import Store, machine_key
 from .targets.base import Target
@@ -36,6 +34,9 @@ from .techniques.float_ import Float
 from .techniques.int_ import Int
 from .techniques.sparse import Sparse
 from .techniques.winograd import Winograd
+
+if TYPE_CHECKING:
+    from .search.pareto import Pareto
 
 SCHEMA = 1
 KIND = "bitsmith.frontier"
@@ -138,6 +139,9 @@ def explore(
     Reads calibration and validation data only. Raises ``BudgetError`` if no plan keeps the limits, after the closest
     one was saved, and ``ModuleNotFoundError`` without Optuna.
     """
+    from .search.pareto import Pareto
+    from .search.proposals import require
+
     require()
     objectives = objectives_of(objective)
     limits = limited(budget, accuracy_drop)
@@ -192,6 +196,8 @@ def explore_bench(
     told: Callable[[str, int, int], None] | None = None,
 ) -> Explored:
     """:func:`explore` with a bench that is already open."""
+    from .search.pareto import Pareto
+
     least = minimize or next((name for name in objectives if name != "drop"), "drop")
     bench.check({*objectives, *budget.limits, least})
     asked = {"study": _name(bench, offered, objectives, budget, least, sampler)}
@@ -275,6 +281,8 @@ class _Output:
 
     def write(self, result: Result, complete: bool = True) -> Explored:
         """plan.json, frontier.json, plans/NN.json and frontier.html; ``files`` in that order, without the plans."""
+        from .search.pareto import front
+
         # while none was measured in all objectives, the best one alone
         points = front(result.frontier, self.method.objectives) or [result.best]
         report = self._report(result, points, complete)

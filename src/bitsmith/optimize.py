@@ -210,6 +210,8 @@ def _finish(
         plan_mm2=target.area(artifact),
         float_sites=bench.site_times(Plan()),
         plan_sites=bench.site_times(plan),
+        float_energies=bench.artifact(Plan()).energies,
+        plan_energies=artifact.energies,
         sites=bench.net.record.sites,
         settings=target.settings(),
         versions={**artifact.versions, "torch": torch.__version__, "python": platform.python_version()},

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bitsmith as bs
@@ -18,6 +18,7 @@ from bitsmith.model.network import network
 from bitsmith.site import Site
 from bitsmith.targets import DigitalAccelerator, EnergyTable, EnergyTableError
 from bitsmith.targets._accelerator import Product, product_of
+from bitsmith.targets._formulas import scaled
 from bitsmith.technique import No
 from bitsmith.testing import check_target
 from targets_by_hand import TABLE, linear
@@ -160,6 +161,7 @@ def test_calls_multiply_and_changes_of_format_cost() -> None:
     assert CHIP.conversion_cost(80, "u8", "u8") == CHIP.conversion_energy(80, "u8", "u8") == 0.0
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 5), st.integers(1, 3), st.integers(1, 6), st.integers(1, 2))
 def test_a_convolution_is_its_matrix_products(n: int, inner: int, outer: int, k: int, size: int, groups: int) -> None:
     channels, filters = inner * groups, outer * groups
@@ -258,6 +260,12 @@ def test_energy_and_area_go_through_profile_search_and_report(tmp_path: Path) ->
     assert "energy, mJ per batch (modelled)" in page
     assert bs.Report.load(tmp_path / "report.json") == report
     assert made.check.passed
+    rows = {row.site: row for row in report.sites}
+    assert all(row.mj is not None and row.float_mj is not None for row in report.sites)
+    # the report is of one image, the record of a batch of 16
+    one = chip.site_energy(scaled(record.sites["stem"], 1 / 16), bs.Float())
+    assert rows["stem"].float_mj == pytest.approx(one)
+    assert "Plan mJ" in page
 
 
 def test_a_target_without_area_says_so() -> None:

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitsmith._files import data_root
@@ -64,6 +64,7 @@ def test_memories_lie_on_a_line_of_logarithms() -> None:
     assert TOY.dram(32) == 650.0
 
 
+@settings(deadline=None)
 @given(st.floats(1.0, 1e8), st.floats(1.0, 1e8))
 def test_a_larger_memory_costs_no_less(one: float, other: float) -> None:
     small, large = sorted((one, other))

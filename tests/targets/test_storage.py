@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitsmith.targets import Connections, EnergyTable, Entry, best_format, controller_pj, crossovers
@@ -61,6 +61,7 @@ def test_expected_runs_are_the_mean_of_counted_ones() -> None:
     assert run_tokens(Connections(1, 160, 0.0, 8)) == 10.0
 
 
+@settings(deadline=None)
 @given(st.integers(1, 64), st.integers(2, 4096), st.floats(0.0, 1.0), st.integers(2, 16), st.integers(1, 8))
 def test_the_best_form_is_never_beaten(rows: int, columns: int, density: float, bits: int, runs: int) -> None:
     c = Connections(rows, columns, density, bits)

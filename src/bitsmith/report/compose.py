@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,6 +41,8 @@ def report(
     plan_mm2: float | None = None,
     float_sites: SiteTimes | None = None,
     plan_sites: SiteTimes | None = None,
+    float_energies: Mapping[str, float] | None = None,
+    plan_energies: Mapping[str, float] | None = None,
     sites: Mapping[str, Site] | None = None,
     history: History | None = None,
     **details: Any,
@@ -47,7 +50,8 @@ def report(
     """What was asked, what was got, and why they differ; what was not measured is left open.
 
     ``profile``, ``plan`` (adapted), ``check``: from the verbs of that name. ``result``: the search's, for the frontier.
-    Scores, timings and sizes of the float model and the plan as far as they were measured. ``history``: of a training
+    Scores, timings and sizes of the float model and the plan as far as they were measured; ``float_energies``,
+    ``plan_energies``: mJ by site, as the artifact of a modelled target has them. ``history``: of a training
     under the plan (:func:`~bitsmith.finetune`), drawn as curves. ``details``: further fields
     of :class:`Report` (``settings``, ``versions``, ``machine``, ``notes``, ``seed``, ``store``).
     """
@@ -74,7 +78,7 @@ def report(
         plan_bytes=plan_bytes,
         loss_name=profile.loss_name,
         frontier=_frontier(result, profile.source),
-        sites=_rows(profile, plan, check, float_sites, plan_sites, sites),
+        sites=_energies(_rows(profile, plan, check, float_sites, plan_sites, sites), float_energies, plan_energies),
         verify=check.to_json() if check is not None else {},
         time_parts=_parts(plan_sites),
         time_whole=plan_sites.whole if plan_sites is not None else None,
@@ -187,6 +191,14 @@ def _rows(
         got = checks.get(name)
         rows.append(_row(name, site, plan, profiled.get(name, []), got, float_sites, plan_sites))
     return tuple(rows)
+
+
+def _energies(
+    rows: tuple[SiteRow, ...], float_mj: Mapping[str, float] | None, plan_mj: Mapping[str, float] | None
+) -> tuple[SiteRow, ...]:
+    if not float_mj or not plan_mj:
+        return rows
+    return tuple(dataclasses.replace(row, mj=plan_mj.get(row.site), float_mj=float_mj.get(row.site)) for row in rows)
 
 
 def _row(

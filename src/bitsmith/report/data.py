@@ -30,7 +30,8 @@ class SiteRow:
     ``asked``: the technique as short text. ``realised``: the precision read back from the runtime. ``why``: the reason
     where the two differ or the target refused; empty where all went as asked. ``sqnr_db``: simulated against float at
     the site's output, dB. ``gap_db``: run against simulated, dB. ``agree``: fraction of integers within one step.
-    ``ms``, ``float_ms``: per batch, under the plan and in float. ``bytes``: of its weights in the file.
+    ``ms``, ``float_ms``: per batch, under the plan and in float; ``mj``, ``float_mj`` likewise, on a target that models
+    energy by site. ``bytes``: of its weights in the file.
     ``macs``: multiply-accumulates per batch.
     """
 
@@ -47,6 +48,8 @@ class SiteRow:
     float_ms: float | None = None
     bytes: float | None = None
     macs: int = 0
+    mj: float | None = None
+    float_mj: float | None = None
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def page(report: Report) -> str:
         script=Markup(script),
         script_hash=digest,
         pareto=Markup(plots.pareto(report.frontier, metric_unit, report.minimize)),
-        time_bars=Markup(plots.time_bars(report.sites)),
+        time_bars=Markup(plots.time_bars(report.sites, report.time_source)),
         sensitivity=Markup(plots.sensitivity(report.sites, report.loss_name)),
         training=Markup(plots.training(report.training, report.training_metric)),
         unplaced=sum(point.drop is None for point in report.frontier),
@@ -70,6 +70,8 @@ def _columns(report: Report) -> list[tuple[str, str, str]]:
         ("loss", "Loss", report.loss_name),
         ("float_ms", "Float ms", "per batch"),
         ("ms", "Plan ms", "per batch"),
+        ("float_mj", "Float mJ", f"per batch, {report.time_source}"),
+        ("mj", "Plan mJ", f"per batch, {report.time_source}"),
         ("bytes", "Weights", "in the file"),
         ("macs", "MACs", "per batch"),
     ]

@@ -131,7 +131,7 @@ def pareto(frontier: Sequence[FrontierPoint], unit: str = "fraction", minimize: 
     return _svg("pareto", f"Plans found by the search: {'drop' if measured else 'loss'} against {short}", 3.6, draw)
 
 
-def time_bars(sites: Sequence[SiteRow]) -> str:
+def time_bars(sites: Sequence[SiteRow], source: str = "measured") -> str:
     """Where the time goes: ms per site in float and under the plan, the ``TOP`` slowest, slowest first.
 
     Bars have the ids ``time-float-<i>`` and ``time-plan-<i>``.
@@ -155,7 +155,8 @@ def time_bars(sites: Sequence[SiteRow]) -> str:
                     f"{row.site}: {number(ms)} ms {'in float' if kind == 'float' else f'under the plan ({row.asked})'}"
                 )
         _name_rows(axes, rows)
-        axes.set_xlabel("time, ms per batch")
+        said = f" ({source})" if source and source != "measured" else ""
+        axes.set_xlabel(f"time, ms per batch{said}")
         _legend(axes, [("s", _COLOURS["float"], "float"), ("s", _COLOURS["plan"], "plan")])
         return titles
 
