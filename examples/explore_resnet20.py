@@ -1,9 +1,10 @@
 """The pretrained CIFAR ResNet-20 for the command line; the data folder is found through BITSMITH_DATA.
 
-    bitsmith explore examples/explore_resnet20.py:build --data examples/explore_resnet20.py:task --target examples/explore_resnet20.py:chip \\
-        --accuracy-drop 1 --objective energy --techniques all -o out/
+    file=examples/explore_resnet20.py
+    bitsmith explore $file:build --data $file:task --target $file:chip \\
+        --accuracy-drop 1 --objective energy --techniques all --train 20 -o out/
 
-The same with --target onnxruntime, openvino, examples/explore_resnet20.py:systolic or examples/explore_resnet20.py:unzip.
+The same with --target onnxruntime, openvino, $file:systolic or $file:unzip.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ ROOT = Path(bitsmith.__file__).parent
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("_files", "_hash", "_lazy", "_memory", "progress", "operations", "site"),
     ("technique", "data", "metrics", "compare", "sequential"),
-    ("plan", "task", "store", "numerics", "sampling"),
+    ("plan", "training", "task", "store", "numerics", "sampling"),
     ("model",),
     ("prepare",),
     ("sensitivity", "export", "techniques"),

@@ -26,6 +26,7 @@ from .targets.base import Target
 from .task import Split, Task
 from .technique import Step
 from .techniques.float_ import Float
+from .training import Training
 from .workers import Crew, Lost, Recipe, decide_remotely, keep_scores, recipe_of
 
 _ROUNDS, _MOST_ROUNDS = 20, 60
@@ -57,10 +58,17 @@ def evaluator(
 
 
 class Evaluator:
-    """:func:`evaluator` on a bench that is already open. ``prepare``: steps for every plan that changes something."""
+    """:func:`evaluator` on a bench that is already open. ``prepare``: steps for every plan that changes something;
+    ``training``: what comes behind them where a plan needs it."""
 
-    def __init__(self, bench: Bench, prepare: Sequence[Step] = (), certainty: Certainty = CERTAINTY) -> None:
-        self.bench, self.prepare = bench, tuple(prepare)
+    def __init__(
+        self,
+        bench: Bench,
+        prepare: Sequence[Step] = (),
+        certainty: Certainty = CERTAINTY,
+        training: Training | None = None,
+    ) -> None:
+        self.bench, self.prepare, self.training = bench, tuple(prepare), training or Training()
         self.gradual = Gradual(bench, certainty)
         self._decisions: DecisionsAhead | None = None
 
@@ -69,7 +77,7 @@ class Evaluator:
         steps unless it brings its own."""
         changed = Plan({name: t for name, t in plan.sites.items() if t != Float()}, plan.prepare, plan.groups)
         found = self.bench.adapted(changed)
-        return found.replace(prepare=self.prepare) if found.sites and not found.prepare else found
+        return self.training.of(found.replace(prepare=self.prepare)) if found.sites and not found.prepare else found
 
     def __call__(self, plan: Plan) -> Evaluation:
         adapted = self.adapted(plan)

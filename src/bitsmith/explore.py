@@ -25,15 +25,16 @@ from .report.data import Report
 from .report.explored import explored, volume
 from .search import BudgetError, Result, SearchInterrupted, search
 from .search.base import QUANTITIES, Point
-from .sensitivity.inter_layer import InterLayer
+from .sensitivity.inter_layer import DIAGONAL, InterLayer
 from .store import Store, machine_key
 from .targets.base import Target
 from .task import Task
-from .technique import Technique
+from .technique import Step, Technique
 from .techniques.float_ import Float
 from .techniques.int_ import Int
 from .techniques.sparse import Sparse
 from .techniques.winograd import Winograd
+from .training import Training
 
 if TYPE_CHECKING:
     from .search.pareto import Pareto
@@ -124,6 +125,7 @@ def explore(
     folder: str | Path | None = None,
     progress: Progress | None = None,
     title: str = "",
+    train: Step | None = None,
 ) -> Explored:
     """Explore which technique at which site, as Deeplite's Neutrino poses it (Sankaran et al. 2021, arXiv:2101.04073):
     least size, latency or energy at a tolerance of accuracy.
@@ -135,6 +137,8 @@ def explore(
     limits. ``minimize``: what the plan that is handed back has least of; the first objective that is a cost.
     ``trials``: plans measured in all. ``folder``: gets ``plan.json``, ``frontier.json``, ``frontier.html``, ``plans/``,
     and the store and the trials from which a stopped run goes on. ``storage``, ``study``: as in ``Pareto``.
+    ``train``: a step such as :class:`~bitsmith.Distil` for what needs training, at a site alone and in whole plans;
+    without, such techniques are left out.
 
     Reads calibration and validation data only. Raises ``BudgetError`` if no plan keeps the limits, after the closest
     one was saved, and ``ModuleNotFoundError`` without Optuna.
@@ -164,6 +168,7 @@ def explore(
         study,
         place,
         title or type(model).__name__,
+        train=train,
     )
 
 
@@ -194,20 +199,24 @@ def explore_bench(
     folder: Path | None,
     title: str,
     told: Callable[[str, int, int], None] | None = None,
+    train: Step | None = None,
 ) -> Explored:
     """:func:`explore` with a bench that is already open."""
     from .search.pareto import Pareto
 
     least = minimize or next((name for name in objectives if name != "drop"), "drop")
     bench.check({*objectives, *budget.limits, least})
-    asked = {"study": _name(bench, offered, objectives, budget, least, sampler)}
+    asked = {"study": _name(bench, offered, objectives, budget, least, sampler, train)}
     method = Pareto(objectives, sampler, trials, seed=bench.seed, storage=storage, study=study or asked["study"])
     _estimate(bench, method.left(), trials, len(offered), bench.store.get("profiled", asked) is not None)
-    profile = measure(bench, offered, InterLayer())
+    training = Training(train)
+    profile = measure(bench, offered, DIAGONAL if train else InterLayer(), training=training)
     bench.store.put("profiled", asked, len(profile.rows))
     output = _Output(folder, bench, profile, method, budget, title)
     try:
-        result = search(profile, budget, least, method, Evaluator(bench), told or counted(bench.progress))
+        result = search(
+            profile, budget, least, method, Evaluator(bench, training=training), told or counted(bench.progress)
+        )
     except BudgetError as error:
         output.write(error.best)
         if folder is not None:
@@ -228,6 +237,7 @@ def _name(
     budget: Budget,
     minimize: str,
     sampler: str,
+    train: Step | None,
 ) -> str:
     """The same question about the same network goes on with the same study, whichever machine asks."""
     asked = {
@@ -238,6 +248,7 @@ def _name(
         "limits": budget.limits,
         "sampler": sampler,
         "techniques": [technique_key(technique) for technique in offered],
+        **({} if train is None else {"train": repr(train)}),
     }
     return f"bitsmith-{hash_json(asked)[:16]}"
 

@@ -36,6 +36,7 @@ from .targets.base import Artifact, Target
 from .task import Split, Task
 from .technique import Step, Technique
 from .techniques.int_ import Int
+from .training import Training
 from .verify import Check, verify
 
 
@@ -79,6 +80,7 @@ def optimize(
     title: str = "",
     executor: Executor | None = None,
     trained: Sequence[Technique] = (),
+    train: Step | None = None,
 ) -> Optimized:
     """Profile, search, apply, export, verify, report: the verbs composed.
 
@@ -89,8 +91,9 @@ def optimize(
     the model file, ``report.html``, ``report.json`` and, if no ``store`` is given, the store ``runs.db`` from which a
     killed run resumes; without a folder the model file lives as long as the returned artifact. ``batch``: of the times
     and of the file. ``certainty``: of decisions before the whole validation set was seen. ``executor``: workers for the
-    accuracy part of ``profile`` and ``search``; the plan is the same without. ``trained``: as of ``profile``;
-    ``prepare`` is then ``()`` by default, as there may be no float network worth coming close to.
+    accuracy part of ``profile`` and ``search``; the plan is the same without. ``trained``, ``train``: as of
+    ``profile``; with ``trained`` ``prepare`` is ``()`` by default, as there may be no float network worth coming close
+    to. With ``train`` every whole plan that needs training is trained by it, too.
 
     Calibration and validation data are read to choose; ``task.test`` is forwarded once, for the report. Raises
     ``BudgetError`` if no plan meets the budget, after the best one was saved; it carries that one as ``.best``.
@@ -104,10 +107,11 @@ def optimize(
     bench = Bench.open(model, task, target, store=store, batch=batch, seed=seed, progress=progress)
     offered = [*([Int(8, 8)] if techniques is None else techniques), *trained]
     steps = (() if trained else steps_for(bench)) if prepare is None else prepare
-    evaluate = Evaluator(bench, steps, certainty)
+    training = Training(train, tuple(trained))
+    evaluate = Evaluator(bench, steps, certainty, training)
     _dry_run(evaluate, offered)
     bench.check({minimize, *budget.limits})
-    profiled = measure(bench, offered, sensitivity, executor=executor, trained=trained)
+    profiled = measure(bench, offered, sensitivity, executor=executor, training=training)
     failure: BudgetError | None = None
     try:
         result = search(profiled, budget, minimize, method or Exact(), evaluate, counted(progress), executor=executor)

@@ -24,13 +24,15 @@ from .progress import Progress
 from .scoring import scored
 from .sensitivity.base import Sensitivity, Spent, name_of
 from .sensitivity.inter_layer import DIAGONAL
+from .sensitivity.one_at_a_time import output_error
 from .site import Edge, Site, UnknownSiteError
 from .store import Store
 from .targets._formulas import scaled
 from .targets.base import Artifact, Target
 from .task import Task
-from .technique import No, Technique
+from .technique import No, Step, Technique
 from .techniques.float_ import Float
+from .training import Training
 
 SCHEMA = 2
 
@@ -251,6 +253,7 @@ def profile(
     progress: Progress | None = None,
     executor: Executor | None = None,
     trained: Sequence[Technique] = (),
+    train: Step | None = None,
 ) -> Profile:
     """Measure what every site loses and costs under every technique that fits it and that the target supports.
 
@@ -265,10 +268,12 @@ def profile(
 
     ``trained``: techniques that need training, offered as well because the weights given were trained under them
     somewhere. They are scored with these weights as they are; ``notes`` says so. Without, they are left out. Losses are
-    counted from the float network of these weights, whatever it is worth.
+    counted from the float network of these weights, whatever it is worth. ``train``: a step such as
+    :class:`~bitsmith.Distil`; each choice that needs training is scored after it, alone, and ``sensitivity`` must score
+    choices one by one (``output_error``, which is then the default, or ``loss_rise``).
     """
     bench = Bench.open(model, task, target, store=store, batch=batch, seed=seed, progress=progress)
-    return measure(bench, techniques, sensitivity, patterns, executor, trained)
+    return measure(bench, techniques, sensitivity, patterns, executor, Training(train, tuple(trained)))
 
 
 def measure(
@@ -277,19 +282,23 @@ def measure(
     sensitivity: Sensitivity = DIAGONAL,
     patterns: Sequence[str] = ("*",),
     executor: Executor | None = None,
-    trained: Sequence[Technique] = (),
+    training: Training | None = None,
 ) -> Profile:
     """:func:`profile` with a bench that is already open."""
     record = bench.net.record
     sites = _selected(record.sites, patterns)
-    options, refused = _options(sites, techniques, bench.target, trained)
+    training = training or Training()
+    options, refused = _options(sites, techniques, bench.target, training)
     if not any(option.technique != Float() for rows in options.values() for option in rows):
         reasons = "; ".join(dict.fromkeys(f"{row.technique}: {row.refused}" for row in refused))
         reasons = reasons or (
             "no technique was given" if sites else f"no site of {', '.join(patterns)} computes with numbers"
         )
         raise ValueError(f"not one site can change on {bench.target.name}: {reasons}")
-    scores = scored(bench, options, sensitivity, executor)
+    shortly = [t for t in dict.fromkeys(o.technique for rows in options.values() for o in rows) if training.needs(t)]
+    if shortly and sensitivity is DIAGONAL:
+        sensitivity = output_error
+    scores = scored(bench, options, sensitivity, executor, training)
     losses = scores.losses
     flow = tuple(record.edges())
     table = _costs(bench, options, flow)
@@ -328,8 +337,10 @@ def measure(
         "sensitivity": str(scores.spent),
         **scores.notes,
     }
-    if trained:
-        named = ", ".join(str(technique) for technique in dict.fromkeys(trained))
+    if shortly:
+        notes["trained shortly"] = f"{', '.join(map(str, shortly))}: scored after {training.step}, each alone"
+    if training.trained:
+        named = ", ".join(str(technique) for technique in dict.fromkeys(training.trained))
         notes["trained"] = f"{named}: scored with the weights as they were given, without training"
     if scores.skipped:
         reasons = "; ".join(dict.fromkeys(scores.skipped.values()))
@@ -367,7 +378,7 @@ def _selected(sites: Mapping[str, Site], patterns: Sequence[str]) -> dict[str, S
 
 
 def _options(
-    sites: Mapping[str, Site], techniques: Sequence[Technique], target: Target, trained: Sequence[Technique] = ()
+    sites: Mapping[str, Site], techniques: Sequence[Technique], target: Target, training: Training
 ) -> tuple[dict[str, list[Option]], list[Row]]:
     """What may be chosen at each site, and a row with its reason for what may not."""
     options: dict[str, list[Option]] = {}
@@ -375,17 +386,17 @@ def _options(
     for name, site in sites.items():
         floating = (FLOAT,) * len(site.operands)
         rows = [Option(name, Float(), floating, FLOAT)]
-        for technique in dict.fromkeys((*techniques, *trained)):
+        for technique in dict.fromkeys((*techniques, *training.trained)):
             if technique == Float():
                 continue
             reads = tuple(FLOAT if fmt is None else str(fmt) for fmt in technique.reads(site))
             verdict = technique.fits(site)
             if verdict:
                 verdict = target.supports(technique, site)
-            if verdict and technique.needs_training and technique not in trained:
+            if verdict and not training.can(technique):
                 verdict = No(
-                    "it needs training before it can be scored; where these weights were trained under it, "
-                    f"profile(trained=[{technique}]) scores them as they are"
+                    "it needs training before it can be scored: profile(train=bitsmith.Distil(steps=50)) does so; "
+                    f"where these weights were trained under it, profile(trained=[{technique}]) scores them as they are"
                 )
             if verdict:
                 writes = next((read for read in reads if read != FLOAT), FLOAT)

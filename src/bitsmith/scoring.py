@@ -8,14 +8,17 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, Future, as_completed
 from typing import Any
 
+from torch import nn
+
 from ._hash import hash_json, hash_source
 from .bench import Bench
 from .costs import Option
 from .metrics import source_digest
 from .plan import Plan
-from .sensitivity.base import Meter, Pair, Scores, Sensitivity, Spent
+from .sensitivity.base import Meter, Pair, Scores, Sensitivity, Spent, name_of
 from .technique import Technique
 from .techniques.float_ import Float
+from .training import Training
 from .workers import Counted, Crew, Lost, recipe_of, score_pairs
 
 _SHARES, _LARGEST = 8, 8
@@ -27,13 +30,17 @@ def scored(
     options: Mapping[str, Sequence[Option]],
     sensitivity: Sensitivity,
     executor: Executor | None = None,
+    train: Training | None = None,
 ) -> Scores:
     """The scores of every choice, from the store or measured; what could not be scored counts as the worst that was.
 
-    ``executor``: pairs are shared out over its workers if the sensitivity is a generator.
+    ``executor``: pairs are shared out over its workers if the sensitivity is a generator. ``train``: what needs
+    training is scored after it; ``ValueError`` where the sensitivity measures sites together, with weights of one
+    network.
     """
+    train = train or Training()
     pairs = [(site, o.technique) for site, rows in options.items() for o in rows if o.technique != Float()]
-    keys = {pair: _score_key(bench, Plan({pair[0]: pair[1]}), sensitivity) for pair in pairs}
+    keys = {pair: _score_key(bench, train.of(Plan({pair[0]: pair[1]})), sensitivity) for pair in pairs}
     whole_key = {"pairs": [keys[pair] for pair in pairs]}
     kept = bench.store.get("scores", whole_key)
     scores = None if kept is None else _scores_from_json(kept, pairs)
@@ -43,7 +50,7 @@ def scored(
         found: dict[Pair, float] = {pair: float(loss) for pair, loss in known.items() if loss is not None}
         scores = Scores(found)
         if missing:
-            scores = _measured(bench, pairs, missing, keys, sensitivity, found, executor)
+            scores = _measured(bench, pairs, missing, keys, sensitivity, found, executor, train)
             if scores.cross or scores.skipped or scores.spent.passes or scores.notes:
                 bench.store.put("scores", whole_key, _scores_to_json(scores, pairs))
     worst: dict[Technique, float] = {}
@@ -62,7 +69,8 @@ def _measured(
     keys: Mapping[Pair, Mapping[str, Any]],
     sensitivity: Sensitivity,
     known: dict[Pair, float],
-    executor: Executor | None = None,
+    executor: Executor | None,
+    train: Training,
 ) -> Scores:
     bench.progress.start(f"measuring what {len(missing)} of {len(pairs)} choices lose", len(missing))
     sites = bench.net.record.sites
@@ -83,18 +91,28 @@ def _measured(
     )
     meter, counted = Meter(), Counted(bench.task.calibration)
     task = dataclasses.replace(bench.task, calibration=counted)
-    got = sensitivity(bench.model, task, missing, bench.trial)
+
+    def trial(plan: Plan) -> nn.Module:
+        return bench.trial(train.of(plan))
+
+    got = sensitivity(bench.model, task, missing, trial)
+    if isinstance(got, Scores) and any(train.of(Plan({site: technique})).prepare for site, technique in missing):
+        raise ValueError(
+            f"profile(train={train.step}): {name_of(sensitivity)} measures sites together, with the weights of one "
+            "network, and techniques that are trained have weights of their own: take "
+            "sensitivity=bitsmith.sensitivities.output_error or loss_rise"
+        )
     if isinstance(got, Scores):
         if len(missing) < len(pairs):  # what pairs lose together is measured together
-            got = sensitivity(bench.model, task, pairs, bench.trial)
+            got = sensitivity(bench.model, task, pairs, trial)
             assert isinstance(got, Scores)
         bench.progress.advance(len(missing))
         return got
     if executor is not None and isinstance(got, types.GeneratorType):
         got.close()  # nothing of it has run yet
-        found, meter.forwards, missing = _shared(bench, missing, keys, sensitivity, executor)
+        found, meter.forwards, missing = _shared(bench, missing, keys, sensitivity, executor, train)
         known |= found
-        got = sensitivity(bench.model, task, missing, bench.trial) if missing else iter(())
+        got = sensitivity(bench.model, task, missing, trial) if missing else iter(())
     assert not isinstance(got, Scores)
     for pair, loss in zip(missing, got, strict=True):
         known[pair] = float(loss)
@@ -110,6 +128,7 @@ def _shared(
     keys: Mapping[Pair, Mapping[str, Any]],
     sensitivity: Sensitivity,
     executor: Executor,
+    train: Training,
 ) -> tuple[dict[Pair, float], int, list[Pair]]:
     """What workers measured, the samples that took, and the pairs that were lost with a worker."""
     size = min(_LARGEST, -(-len(missing) // _SHARES))
@@ -122,7 +141,7 @@ def _shared(
     samples, why = 0, ""
     try:
         for share in shares:
-            future = crew.send(recipe, score_pairs, statistics, share, sensitivity, chosen)
+            future = crew.send(recipe, score_pairs, statistics, share, sensitivity, chosen, train)
             if future is not None:
                 jobs[future] = share
         for future in as_completed(jobs):

@@ -38,6 +38,7 @@ from .sensitivity.base import Pair, Sensitivity
 from .store import Store
 from .targets.base import Target
 from .technique import Technique
+from .training import Training
 
 _opened: OrderedDict[tuple[int, str], Bench] = OrderedDict()  # the last two
 _opening = threading.Lock()
@@ -153,15 +154,15 @@ def decide_remotely(
 
 
 def score_pairs(
-    bench: Bench, pairs: Sequence[Pair], sensitivity: Sensitivity, chosen: Mapping[Technique, Plan]
+    bench: Bench, pairs: Sequence[Pair], sensitivity: Sensitivity, chosen: Mapping[Technique, Plan], train: Training
 ) -> tuple[list[float], int]:
     """Run in a worker: the losses of these pairs, in order, and the samples that were forwarded for them. ``chosen``:
-    the range methods of each technique."""
+    the range methods of each technique. ``train``: what goes before the scores of what needs training."""
     bench.chosen.take(chosen)
     counted = Counted(bench.task.calibration)
     task = dataclasses.replace(bench.task, calibration=counted)
     # a copy: in a pool of threads others use the model at the same time, and evaluating sets its flags
-    got = sensitivity(duplicate(bench.model), task, pairs, bench.trial)
+    got = sensitivity(duplicate(bench.model), task, pairs, lambda plan: bench.trial(train.of(plan)))
     return [float(loss) for loss in cast(Iterator[float], got)], counted.samples
 
 

@@ -35,6 +35,13 @@ def add(commands: Any) -> None:
         "--sampler", choices=("nsga2", "tpe"), default="nsga2", help="what proposes plans: nsga2 (the default) or tpe"
     )
     explore.add_argument("--trials", type=arguments.positive, default=60, metavar="N", help="plans to measure (60)")
+    explore.add_argument(
+        "--train",
+        type=arguments.positive,
+        metavar="STEPS",
+        help="train what needs it for so many batches before it is scored, at a site alone and in whole plans, towards "
+        "the float network; without it such techniques are left out",
+    )
     arguments.add_batch(explore)
     arguments.add_seed(explore)
     explore.add_argument("--store", type=Path, metavar="FILE", help="keeps every measurement once (OUT/runs.db)")
@@ -52,6 +59,7 @@ def add(commands: Any) -> None:
 def run_explore(options: Namespace) -> int:
     from ..bench import Bench
     from ..explore import every_technique, explore_bench, objectives_of
+    from ..learn.distil import Distil
     from ..model.load import load_model, load_task
     from ..search.pareto import Pareto
     from ..search.proposals import require
@@ -88,6 +96,7 @@ def run_explore(options: Namespace) -> int:
             options.out,
             options.model,
             progress.told,
+            None if options.train is None else Distil(options.train),
         )
     print_frontier(dataclasses.replace(found.result, frontier=found.front))
     for line in found.profile.assumptions:
