@@ -22,7 +22,12 @@ def kmeans(values: Tensor, count: int, importance: Tensor | None = None, iterati
     tensor([[0.0500, 1.0500]])
     """
     ordered, weight = _ordered(values.detach().float(), importance)
-    sums = [_running(weight), _running(weight * ordered), _running(weight * ordered.square())]
+    if weight is None:
+        count_of = torch.arange(ordered.shape[1] + 1, dtype=ordered.dtype, device=ordered.device)
+        sums = [count_of.expand(len(ordered), -1), _running(ordered), _running(ordered.square())]
+    else:
+        felt = weight * ordered
+        sums = [_running(weight), _running(felt), _running(felt.mul_(ordered))]
     best, least = torch.empty(0), torch.empty(0)
     for start in (_spread(ordered, sums[0], count, 0.0), _spread(ordered, sums[0], count, 1 / 3)):
         found, error = _lloyd(ordered, sums, start, iterations)
@@ -87,12 +92,11 @@ def _attended(values: Tensor, attention: Tensor, centres: Tensor) -> Tensor:
     return torch.where(total > 1e-12, means, centres.detach())
 
 
-def _ordered(values: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+def _ordered(values: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Each row ascending, and the importance of its values, float64. NumPy's sort takes a twentieth of torch's."""
     array = values.cpu().numpy()
     if importance is None:
-        ordered = torch.from_numpy(np.sort(array, axis=1)).to(values.device, torch.float64)
-        return ordered, torch.ones_like(ordered)
+        return torch.from_numpy(np.sort(array, axis=1)).to(values.device, torch.float64), None
     order = torch.from_numpy(np.argsort(array, axis=1)).to(values.device)
     weight = importance.detach().to(values.device, torch.float64).gather(1, order)
     # rows without any importance count evenly
@@ -102,7 +106,9 @@ def _ordered(values: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]
 
 def _running(values: Tensor) -> Tensor:
     """Sums of the first 0, 1, ..., n entries of each row: (rows, n + 1)."""
-    return torch.nn.functional.pad(values.cumsum(1), (1, 0))
+    sums = values.new_zeros(len(values), values.shape[1] + 1)
+    torch.cumsum(values, 1, out=sums[:, 1:])
+    return sums
 
 
 def _spread(ordered: Tensor, mass: Tensor, count: int, power: float) -> Tensor:
