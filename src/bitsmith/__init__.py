@@ -66,6 +66,7 @@ from .prepare._channels import ChannelGroup as ChannelGroup
 from .prepare.adaround import AdaRound as AdaRound
 from .prepare.channels import PruneChannels as PruneChannels
 from .prepare.channels import groups_of_channels as groups_of_channels
+from .prepare.channels import prune_channels as prune_channels
 from .prepare.correct_bias import CorrectBias as CorrectBias
 from .prepare.equalise import Equalise as Equalise
 from .prepare.equalise_depthwise import EqualiseDepthwise as EqualiseDepthwise
@@ -226,6 +227,7 @@ __all__ = [
     "output_error",
     "plan_of",
     "profile",
+    "prune_channels",
     "quantize",
     "report",
     "search",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,13 +21,15 @@ def kmeans(values: Tensor, count: int, importance: Tensor | None = None, iterati
     >>> kmeans(torch.tensor([[0.0, 0.1, 1.0, 1.1]]), 2)
     tensor([[0.0500, 1.0500]])
     """
-    ordered, order = values.detach().double().sort(dim=1)
-    weight = torch.ones_like(ordered) if importance is None else importance.detach().double().gather(1, order)
-    # rows without any importance count evenly
-    weight = torch.where(weight.sum(1, keepdim=True) > 0, weight, torch.ones_like(weight))
-    sums = [_running(weight), _running(weight * ordered), _running(weight * ordered.square())]
+    ordered, weight = _ordered(values.detach().float(), importance)
+    if weight is None:
+        count_of = torch.arange(ordered.shape[1] + 1, dtype=ordered.dtype, device=ordered.device)
+        sums = [count_of.expand(len(ordered), -1), _running(ordered), _running(ordered.square())]
+    else:
+        felt = weight * ordered
+        sums = [_running(weight), _running(felt), _running(felt.mul_(ordered))]
     best, least = torch.empty(0), torch.empty(0)
-    for start in (_spread(ordered, weight, count, 0.0), _spread(ordered, weight, count, 1 / 3)):
+    for start in (_spread(ordered, sums[0], count, 0.0), _spread(ordered, sums[0], count, 1 / 3)):
         found, error = _lloyd(ordered, sums, start, iterations)
         if not len(best):
             best, least = found, error
@@ -89,23 +92,37 @@ def _attended(values: Tensor, attention: Tensor, centres: Tensor) -> Tensor:
     return torch.where(total > 1e-12, means, centres.detach())
 
 
+def _ordered(values: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Each row ascending, and the importance of its values, float64. NumPy's sort takes a twentieth of torch's."""
+    array = values.cpu().numpy()
+    if importance is None:
+        return torch.from_numpy(np.sort(array, axis=1)).to(values.device, torch.float64), None
+    order = torch.from_numpy(np.argsort(array, axis=1)).to(values.device)
+    weight = importance.detach().to(values.device, torch.float64).gather(1, order)
+    # rows without any importance count evenly
+    weight = torch.where(weight.sum(1, keepdim=True) > 0, weight, torch.ones_like(weight))
+    return values.gather(1, order).double(), weight
+
+
 def _running(values: Tensor) -> Tensor:
     """Sums of the first 0, 1, ..., n entries of each row: (rows, n + 1)."""
-    return torch.nn.functional.pad(values.cumsum(1), (1, 0))
+    sums = values.new_zeros(len(values), values.shape[1] + 1)
+    torch.cumsum(values, 1, out=sums[:, 1:])
+    return sums
 
 
-def _spread(ordered: Tensor, weight: Tensor, count: int, power: float) -> Tensor:
-    """Values spread by that power of the density: (rows, count), ascending."""
+def _spread(ordered: Tensor, mass: Tensor, count: int, power: float) -> Tensor:
+    """Values spread by that power of the density, whose running sums are ``mass``: (rows, count), ascending."""
     low, high = ordered[:, :1], ordered[:, -1:]
     place = torch.arange(count, dtype=ordered.dtype, device=ordered.device)
     if power == 0.0:
         return low + (high - low) * place / max(count - 1, 1)
-    width = (high - low).clamp_min(torch.finfo(ordered.dtype).tiny)
-    bins = ((ordered - low) / width * _BINS).long().clamp_(0, _BINS - 1)
-    density = torch.zeros(len(ordered), _BINS, dtype=ordered.dtype, device=ordered.device).scatter_add_(1, bins, weight)
-    mass = density.pow(power).cumsum(1)
-    wanted = (mass[:, -1:] * ((place + 0.5) / count)).contiguous()
-    return low + (high - low) * (torch.searchsorted(mass, wanted).to(ordered.dtype) + 0.5) / _BINS
+    edges = low + (high - low) * torch.arange(1, _BINS, dtype=ordered.dtype, device=ordered.device) / _BINS
+    inner = mass.gather(1, torch.searchsorted(ordered, edges))
+    density = torch.cat((torch.zeros_like(low), inner, mass[:, -1:]), 1).diff(dim=1).clamp_min(0)
+    share = density.pow(power).cumsum(1)
+    wanted = (share[:, -1:] * ((place + 0.5) / count)).contiguous()
+    return low + (high - low) * (torch.searchsorted(share, wanted).to(ordered.dtype) + 0.5) / _BINS
 
 
 def _lloyd(ordered: Tensor, sums: list[Tensor], centres: Tensor, iterations: int) -> tuple[Tensor, Tensor]:

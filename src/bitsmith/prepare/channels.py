@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data import batch_size, call, tensors_in
+from ..data import batch_size, call, first_inputs, tensors_in
 from ..model.network import Forward, Network, duplicate, network
 from ..numerics.weights import folded_affine
 from ..plan import Plan
@@ -118,6 +118,22 @@ class PruneChannels(Step):
                 with torch.no_grad():
                     for model in (net.model, narrow):
                         tensor_at(model, layer.key).copy_(solved)
+
+
+def prune_channels(
+    model: nn.Module, step: PruneChannels, calibration: Any, *, forward: Forward | None = None
+) -> nn.Module:
+    """The smaller network by itself: an ordinary model without a plan, which can be given one, or trained.
+
+    ``calibration``: a loader of ``(inputs, target)``; its first inputs are the example. The model is not changed.
+    Raises as the step does.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    >>> prune_channels(net, PruneChannels(0.5), [(torch.zeros(1, 3, 8, 8), None)])[0]
+    Conv2d(3, 4, kernel_size=(3, 3), stride=(1, 1))
+    """
+    net = network(duplicate(model), first_inputs(calibration), forward=forward)
+    return step.prepare(net, Plan(), calibration).model
 
 
 def groups_of_channels(model: nn.Module, example: Any, *, forward: Forward | None = None) -> Mapping[str, ChannelGroup]:
