@@ -6,8 +6,10 @@ import dataclasses
 import sys
 
 import pytest
+import torch
 
 import bitsmith as bs
+from bitsmith.model.network import network
 from bitsmith.targets import DigitalAccelerator, TargetError, ZigZag
 from bitsmith.targets.zigzag import hardware
 from bitsmith.technique import No
@@ -53,6 +55,21 @@ def test_our_own_model_is_near(zigzag: ZigZag, size: tuple[int, int, int]) -> No
     assert slower is not None
     assert faster is not None
     assert faster <= slower * 1.2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_convolution_s_inputs_are_moved_as_they_are(zigzag: ZigZag) -> None:
+    layer = torch.nn.Conv2d(16, 16, 3, stride=2, padding=1).eval()
+    (site,) = network(torch.nn.Sequential(layer).eval(), torch.randn(1, 16, 32, 32)).record.sites.values()
+    pj, cycles = zigzag.searched(site, bs.Int(8, 8)) or (0.0, 0.0)
+    macs, inputs, weights, outputs = 16 * 16 * 9 * 256, 16 * 32 * 32, 16 * 16 * 9, 16 * 256
+    moved = 8 * (inputs + weights + outputs)
+    assert pj >= 0.995 * (macs * 0.3 + moved * 1300.0 / 64)
+    # all of it fits in the buffer: nothing has to be moved twice; the unrolled input has 2.25 times as many values
+    assert pj < macs * 0.3 + 1.3 * moved * 1300.0 / 64 + macs * (8 + 8 + 2 * 32) * 0.01 + 10 * moved * TABLE.sram(
+        65536, 1
+    )
+    assert cycles >= macs / 256
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from ..site import Site
 from ..technique import No, Technique
-from ._accelerator import Modelled, bits_of, product_of
+from ._accelerator import Modelled, Product, bits_of, product_of
 from ._formulas import FREE
 from .base import TargetError
 from .digital import DigitalAccelerator
@@ -30,8 +30,9 @@ class ZigZag(Modelled):
     """A digital accelerator by ZigZag (Mei et al. 2021, IEEE Trans. Computers 70:8, doi:10.1109/TC.2021.3059962).
 
     ``chip``: the accelerator; its array, registers, buffer and DRAM, and the energies of its table, are written as
-    ZigZag's hardware. Each layer is a matrix product; ZigZag searches the order of its loops (``loops`` factors at
-    most) for the least energy-delay product. Groups of a convolution are costed one after the other. What multiplies
+    ZigZag's hardware. A 2D convolution is one, other layers are matrix products; channels lie on the rows, filters on
+    the columns. ZigZag searches the order of the loops (``loops`` factors at most) for the least energy-delay product.
+    Groups of a convolution are costed one after the other. What multiplies
     nothing, and changes of format, cost what ``chip`` says. Weights are dense; pruned ones are refused.
 
     Raises ``ModuleNotFoundError`` with the line that installs it where ``zigzag-dse`` is missing, and
@@ -69,10 +70,9 @@ class ZigZag(Modelled):
         product, widths = product_of(site), bits_of(site, technique)
         if product is None:
             return None
-        size = product.positions, product.outputs, product.depth
         bits = widths.activation, widths.weight, widths.output
         try:
-            pj, cycles = _searched(self.own, self.loops, size, bits, widths.floating)
+            pj, cycles = _searched(self.own, self.loops, _shape(site, product), bits, widths.floating)
         except _MappingError as error:
             raise TargetError(f"ZigZag finds no mapping for {site.name!r}: {error}") from None
         return product.groups * pj, product.groups * cycles
@@ -109,6 +109,7 @@ class ZigZag(Modelled):
             f"{first} (of what is no layer)",
             f"layers by ZigZag {_version()}: each alone, all operands from and to DRAM, loops ordered for the least "
             "energy-delay product; partial use of the array and the buses as ZigZag models them",
+            "channels on the rows of the array, filters on its columns; groups of a convolution one after the other",
             "a buffer access costs by the bit, whatever the width of the bus; scales of quantized weights are left out",
         )
 
@@ -204,24 +205,50 @@ def _port(name: str, kind: str, width: int, *ways: str, least: int | None = None
     return {"name": name, "type": kind, **widths, "allocation": list(ways)}
 
 
+@dataclass(frozen=True)
+class _Shape:
+    """Loops of one group: their names and sizes, and of a convolution stride, dilation, input size and padding by axis,
+    the vertical one first."""
+
+    loops: tuple[tuple[str, int], ...]
+    axes: tuple[tuple[int, int, int, tuple[int, int]], ...] = ()
+
+
+def _shape(site: Site, product: Product) -> _Shape:
+    """A 2D convolution as it is, anything else as its matrix product."""
+    weight = site.weight
+    plain = site.kind == "conv2d" and weight is not None and len(weight.shape) == 4
+    if not plain or weight is None:
+        return _Shape((("B", product.positions), ("K", product.outputs), ("C", product.depth)))
+    batch, _, height, width = site.out_shapes[0]
+    _, channels, *kernel = weight.shape
+    stride, dilation = (_pair(site.arguments.get(name, 1)) for name in ("stride", "dilation"))
+    axes = []
+    for k, size in enumerate((height, width)):
+        given = site.operands[0].shape[2 + k]
+        missing = max(0, (size - 1) * stride[k] + (kernel[k] - 1) * dilation[k] + 1 - given)
+        axes.append((stride[k], dilation[k], given, (missing // 2, missing - missing // 2)))
+    loops = (("B", batch), ("K", product.outputs), ("C", channels), ("OY", height), ("OX", width))
+    return _Shape((*loops, ("FY", kernel[0]), ("FX", kernel[1])), tuple(axes))
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (int(value[0]), int(value[-1])) if isinstance(value, (tuple, list)) else (int(value), int(value))
+
+
 @functools.lru_cache(maxsize=4096)
 def _searched(
-    chip: DigitalAccelerator,
-    loops: int,
-    size: tuple[int, int, int],
-    bits: tuple[int, int, int],
-    floating: bool,
+    chip: DigitalAccelerator, loops: int, shape: _Shape, bits: tuple[int, int, int], floating: bool
 ) -> tuple[float, float]:
-    """(pJ, cycles) of a product of [positions, depth] and [depth, outputs]."""
-    positions, outputs, depth = size
+    """(pJ, cycles) of one group of a layer."""
     activation, weight, written = bits
-    layer = {
+    layer: dict[str, Any] = {
         "id": 0,
         "name": "layer",
-        "operator_type": "Gemm",
+        "operator_type": "Conv" if shape.axes else "Gemm",
         "equation": "O[b][k]+=I[b][c]*W[c][k]",
-        "loop_dims": ["B", "K", "C"],
-        "loop_sizes": [positions, outputs, depth],
+        "loop_dims": [name for name, _ in shape.loops],
+        "loop_sizes": [size for _, size in shape.loops],
         "operand_precision": {
             "O": activation if floating else chip.accumulator,
             "O_final": written,
@@ -230,6 +257,15 @@ def _searched(
         },
         "operand_source": {"I": 0, "W": 0},
     }
+    if shape.axes:
+        layer["equation"] = "O[b][k][oy][ox]+=W[k][c][fy][fx]*I[b][c][iy][ix]"
+        layer["dimension_relations"] = [
+            f"i{axis}={stride}*o{axis}+{dilation}*f{axis}"
+            for axis, (stride, dilation, _, _) in zip("yx", shape.axes, strict=True)
+        ]
+        layer["pr_loop_dims"] = ["IY", "IX"]
+        layer["pr_loop_sizes"] = [size for _, _, size, _ in shape.axes]
+        layer["padding"] = [list(padding) for _, _, _, padding in shape.axes]
     mapping = {
         "name": "default",
         "spatial_mapping": {"D1": [f"C, {chip.rows}"], "D2": [f"K, {chip.columns}"]},
