@@ -30,6 +30,7 @@ from .store import Store, machine_key
 from .targets.base import Target
 from .task import Task
 from .technique import Step, Technique
+from .techniques.degree_quant import DegreeQuant
 from .techniques.float_ import Float
 from .techniques.int_ import Int
 from .techniques.sparse import Sparse
@@ -46,6 +47,7 @@ WORDS: Mapping[str, str] = {"accuracy": "drop", "latency": "ms", "size": "mib", 
 """What people call the quantities."""
 
 STRENGTHS: Mapping[type[Technique], tuple[Technique, ...]] = {
+    DegreeQuant: (),  # is for graphs, and has to be told which input holds the edges
     Float: (Float("bfloat16"),),
     Int: (Int(8, 8), Int(8, None), Int(4, 8), Int(4, None)),
     Sparse: (Sparse(0.5), Sparse(0.25)),
