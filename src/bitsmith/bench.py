@@ -320,9 +320,10 @@ class Bench:
 
     def check(self, quantities: Iterable[str]) -> None:
         """Raise ``ValueError`` for a quantity that this target has not."""
-        figures = self.figures(Plan())
-        for name, named in (("mj", "energy"), ("mm2", "area")):
-            if name in quantities and figures[name] is None:
+        asked = {name: named for name, named in (("mj", "energy"), ("mm2", "area")) if name in quantities}
+        figures = self.figures(Plan()) if asked else {}
+        for name, named in asked.items():
+            if figures[name] is None:
                 raise ValueError(f"{self.target.name} gives no {named}: leave {name} out, or take a target that has it")
 
     def size(self, plan: Plan) -> int:
