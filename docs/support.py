@@ -12,10 +12,12 @@ from bitsmith.cli.look import example_sites, support
 from bitsmith.model.onnx_graph.table import FAMILIES, OPSETS
 from bitsmith.targets import OnnxRuntime, OpenVino, Target
 from bitsmith.technique import Technique
+from bitsmith.techniques.adder import Adder
 from bitsmith.techniques.binary import Binary
 from bitsmith.techniques.degree_quant import DegreeQuant
 from bitsmith.techniques.float_ import Float
 from bitsmith.techniques.int_ import Int
+from bitsmith.techniques.ovsf import Ovsf
 from bitsmith.techniques.palette import Palette
 from bitsmith.techniques.sparse import Sparse
 from bitsmith.techniques.sparse_paths import SparsePaths
@@ -37,6 +39,8 @@ TECHNIQUES: tuple[Technique, ...] = (
     SparsePaths(1024),
     Sparse(0.25),
     Palette(4),
+    Ovsf(0.25),
+    Adder(),
     DegreeQuant(),
 )
 
