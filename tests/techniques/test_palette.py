@@ -42,11 +42,9 @@ def test_each_weight_is_the_nearest_value(w: int, group: int, init: Any) -> None
     if not technique.fits(site):
         return
     net = bs.apply(block(), bs.Plan({"0": technique}), [(X, None)])
-    conv, norm = block()[0], block()[1]
-    assert isinstance(norm, nn.BatchNorm2d)
-    factor = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()  # type: ignore[union-attr]
-    folded = (conv.weight.double() * factor[:, None, None, None]).detach()
-    rows = folded.reshape(8 // group if group else 1, -1)
+    weight = block()[0].weight
+    assert isinstance(weight, Tensor)
+    rows = weight.detach().double().reshape(8 // group if group else 1, -1)
     if init == "uniform":
         values = torch.stack([torch.linspace(0, 1, 2**w).double() * (r.max() - r.min()) + r.min() for r in rows])
     else:
@@ -63,8 +61,11 @@ def test_the_network_computes_with_them() -> None:
     norm = block()[1]
     assert isinstance(norm, nn.BatchNorm2d)
     with torch.no_grad():
+        factor = norm.weight / (norm.running_var + norm.eps).sqrt()  # type: ignore[operator]
         shift = norm.bias - norm.running_mean * norm.weight / (norm.running_var + norm.eps).sqrt()  # type: ignore[operator]
-        wanted = block()[4](torch.relu(nn.functional.conv2d(X, weight_of(net), shift)).flatten(1))
+        wanted = block()[4](
+            torch.relu(nn.functional.conv2d(X, weight_of(net) * factor[:, None, None, None], shift)).flatten(1)
+        )
         torch.testing.assert_close(net(X), wanted, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(net.train()(X), block().train()(X), rtol=0.5, atol=0.5)
 
@@ -122,11 +123,12 @@ def test_training_lowers_the_loss(learn: Any) -> None:
 
 def test_sizes_charge_the_palette() -> None:
     site = bs.sites(block(), X)["0"]
-    assert bs.Palette(4).bits(site) == 288 * 4 + 16 * 32
-    assert bs.Palette(2, group=2).bits(site) == 288 * 2 + 4 * 4 * 32
-    assert bs.Palette(2, values=(0.0, 1.0, 2.0)).bits(site) == 288 * 2 + 3 * 32
-    assert bs.Palette(4, of=bs.Sparse(0.25)).bits(site) == 72 * 4 + 288 + 16 * 32
-    assert bs.Palette(1, of=bs.Sparse(0.5)).bits(site) == 288 + 2 * 32  # an index for all is less than a bitmap
+    norm = 8 * 32  # its factor by channel
+    assert bs.Palette(4).bits(site) == 288 * 4 + 16 * 32 + norm
+    assert bs.Palette(2, group=2).bits(site) == 288 * 2 + 4 * 4 * 32 + norm
+    assert bs.Palette(2, values=(0.0, 1.0, 2.0)).bits(site) == 288 * 2 + 3 * 32 + norm
+    assert bs.Palette(4, of=bs.Sparse(0.25)).bits(site) == 72 * 4 + 288 + 16 * 32 + norm
+    assert bs.Palette(1, of=bs.Sparse(0.5)).bits(site) == 288 + 2 * 32 + norm  # an index for all is less than a bitmap
     assert bs.Int(8, 8, of=bs.Palette(4)).bits(site) == 288 * 4 + 16 * 8 + 8 * 32
     assert bs.Int(8, 8, of=bs.Sparse(0.25)).bits(site) == 72 * 8 + 288 + 8 * 32
 

@@ -21,8 +21,8 @@ class Weights(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, weight: Tensor, scale: Tensor | None = None) -> Tensor:
-        """``weight``: output channels first, the normalisation behind folded in if the technique ``folds``. ``scale``:
-        the step of the integers that the result is stored as, shaped to multiply it; None: it is stored as floats."""
+        """``weight``: output channels first. ``scale``: the step of the integers that the result is stored as, shaped
+        to multiply it, the normalisation behind folded in; None: it is stored as floats."""
 
     def step(self, done: int, total: int) -> None:
         """As of :meth:`Cell.step`."""
@@ -32,12 +32,13 @@ class WeightTechnique(Technique, ABC):
     """A technique that changes weights only: it stands at a site alone, or inside another one that quantizes them."""
 
     folds: ClassVar[bool] = False
-    """Whether it works on weights with the normalisation behind folded in, where there is one."""
+    """Whether by itself it absorbs the normalisation behind: its weights keep few values, a factor by output channel is
+    stored beside them."""
 
     @abstractmethod
-    def weights(self, site: Site, record: Record, folded: Tensor, scale: Tensor | None) -> Weights:
-        """What makes the weights. ``folded``: those of the record with the normalisation behind folded in, float32;
-        ``scale`` as in :meth:`Weights.forward`."""
+    def weights(self, site: Site, record: Record, given: Tensor, scale: Tensor | None) -> Weights:
+        """What makes the weights. ``given``: what they are made from, float32: those of the record, with the
+        normalisation behind folded in where there is a ``scale``, which is as in :meth:`Weights.forward`."""
 
     @abstractmethod
     def stored(self, site: Site, bits: float) -> float:
@@ -48,8 +49,12 @@ class WeightTechnique(Technique, ABC):
         return No(reason) if reason else True
 
     def bits(self, site: Site) -> float:
-        """What is stored as float32, and where or which it is."""
-        return self.stored(site, 32.0) if self.fits(site) else super().bits(site)
+        """What is stored as float32, and where or which it is; with a normalisation behind, a factor by channel."""
+        if not self.fits(site):
+            return super().bits(site)
+        assert site.weight is not None
+        factors = site.weight.shape[0] if self.folds and site.fold is not None else 0
+        return self.stored(site, 32.0) + 32.0 * factors
 
     def compact(self) -> bool:
         return True
@@ -67,36 +72,43 @@ class WeightCell(Cell):
         super().__init__(site)
         self.folds = technique.folds
         self.frozen = False
-        self.makes = technique.weights(site, record, folded_weight(site, record), None)
-        self._computed: Derived[tuple[Tensor, Tensor | None]] = Derived()
+        self.makes = technique.weights(site, record, record.weights[site.name, 1].detach().float(), None)
+        self._computed: Derived[tuple[Tensor, Tensor, Tensor | None]] = Derived()
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, **rest: Any) -> Any:
+        if self.frozen and self.norm:  # a factor behind: folded into the weights each channel would have its own values
+            output = self.op(self.read(0, x), self.get_buffer("weight_f"), None, **rest)
+            return output * self.get_buffer("factor_f") + self.get_buffer("bias_f")
         if self.frozen:
             weight = self.get_buffer("weight_f")
-            bias = self.get_buffer("bias_f") if self.norm else bias
         else:
             given, added = weight, bias
             statistics = self._statistics()
             sources = [t for t in (given, added, *self.makes.buffers(), *statistics) if t is not None]
-            weight, bias = self._computed.of(sources, lambda: self._made(given, added))
+            _, weight, bias = self._computed.of(sources, lambda: self._made(given, added))
         return self.op(self.read(0, x), weight, bias, **rest)
 
-    def _made(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if not self.norm:
-            return self.makes(weight), bias
-        module: Any = self.norm[0]
-        factor, shift = folded_affine(module.running_mean, module.running_var, module.weight, module.bias, module.eps)
+    def _made(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The weights, and what the operation computes with: the normalisation folded in where it does not run."""
+        made: Tensor = self.makes(weight)
+        if not self.norm or self._module.training:
+            return made, made, bias
+        factor, shift = self._affine()
         along = factor.reshape(-1, *[1] * (weight.dim() - 1))
-        folded: Tensor = self.makes(weight * along)
-        if module.training:  # the normalisation itself runs, on what became of the folded weights
-            return folded / torch.where(along == 0, torch.ones_like(along), along), bias
-        return folded, shift + bias * factor if bias is not None else shift
+        return made, made * along, shift + bias * factor if bias is not None else shift
+
+    @property
+    def _module(self) -> Any:
+        return self.norm[0]
+
+    def _affine(self) -> tuple[Tensor, Tensor]:
+        module = self._module
+        return folded_affine(module.running_mean, module.running_var, module.weight, module.bias, module.eps)
 
     def _statistics(self) -> tuple[Any, ...]:
         if not self.norm:
             return ()
-        module: Any = self.norm[0]
-        return module.running_mean, module.running_var, module.weight, module.bias
+        return self._module.running_mean, self._module.running_var, self._module.weight, self._module.bias
 
     def train(self, mode: bool = True) -> WeightCell:
         self._computed.clear()  # the normalisation may have changed its mode
@@ -109,21 +121,14 @@ class WeightCell(Cell):
     def materialise(self) -> None:
         if self._computed.value is None:
             return
-        weight, bias = self._computed.value
+        weight, _, bias = self._computed.value
         self.register_buffer("weight_f", weight.detach().clone())
         if self.norm and bias is not None:
-            self.register_buffer("bias_f", bias.detach().clone())
+            shape = (-1,) if self.kind == "linear" else (-1, *[1] * (weight.dim() - 2))
+            self.register_buffer("factor_f", self._affine()[0].detach().reshape(shape).clone())
+            self.register_buffer("bias_f", bias.detach().reshape(shape).clone())
         self._computed.clear()
         self.frozen = True
-
-
-def folded_weight(site: Site, record: Record) -> Tensor:
-    """The site's weight with the normalisation behind folded in, where there is one; float32."""
-    weight = record.weights[site.name, 1].detach().float()
-    if site.name not in record.folds:
-        return weight
-    factor, _ = folded_affine(*record.folds[site.name])
-    return weight * factor.reshape(-1, *[1] * (weight.dim() - 1))
 
 
 def changed(technique: Technique, *always: str) -> str:

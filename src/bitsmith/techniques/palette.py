@@ -23,8 +23,8 @@ class Palette(WeightTechnique):
     Each weight becomes the nearest of ``2^w`` values, w from 1 to 8. ``init``: how the values are found, by k-means
     (least squared error of the weights) or ``uniform``, evenly from the least to the greatest weight; or ``values``
     gives them, at most ``2^w``, in the weights' unit. ``group``: that many output channels share a palette; 0: all of
-    them do. A normalisation behind is folded in first. Where many weights are exactly 0, as pruned ones are, 0 is one
-    of the values.
+    them do. Where many weights are exactly 0, as pruned ones are, 0 is one of the values. A normalisation behind
+    becomes a factor by channel, stored beside the palette.
 
     ``of``: the weights that another technique left, ``Palette(4, of=Sparse(0.5))``. ``Int(8, 8, of=Palette(4))``
     clusters integers: the palette holds 8-bit values, scales stay per channel, and integer kernels compute.
@@ -101,10 +101,10 @@ class Palette(WeightTechnique):
             indices = min(indices, self.of.stored(site, self.w))
         return indices + self.palettes(site) * self.entries * bits
 
-    def weights(self, site: Site, record: Record, folded: Tensor, scale: Tensor | None) -> Weights:
-        inner = self.of.weights(site, record, folded, None) if self.of is not None else None
-        values = folded if inner is None else inner(folded).detach()
-        importance = _importance(site, record, folded, scale)
+    def weights(self, site: Site, record: Record, given: Tensor, scale: Tensor | None) -> Weights:
+        inner = self.of.weights(site, record, given, None) if self.of is not None else None
+        values = given if inner is None else inner(given).detach()
+        importance = _importance(site, record, given, scale)
         rows = (values if scale is None else values / scale).reshape(self.palettes(site), -1)
         codebook = self.codebook(rows, None if importance is None else importance.reshape(rows.shape))
         return _Palette(self, codebook if scale is None else codebook.round(), inner)
@@ -124,14 +124,14 @@ class Palette(WeightTechnique):
         return uniform(rows, count) if self.init == "uniform" else kmeans(rows, count, importance)
 
 
-def _importance(site: Site, record: Record, folded: Tensor, scale: Tensor | None) -> Tensor | None:
-    """What the loss feels of a squared error of each folded weight, in units of ``scale``; None if nobody measured."""
+def _importance(site: Site, record: Record, given: Tensor, scale: Tensor | None) -> Tensor | None:
+    """What the loss feels of a squared error of each given weight, in units of ``scale``; None if nobody measured."""
     found = record.importance.get((site.name, 1))
     if found is None:
         return None
     raw = record.weights[site.name, 1].detach().float()
     # d/d(w f) = d/dw / f, of which the square counts; a weight folded to 0 is not felt
-    slope = torch.where(folded != 0, raw / folded, torch.zeros_like(raw))
+    slope = torch.where(given != 0, raw / given, torch.zeros_like(raw))
     slope = slope if scale is None else slope * scale
     importance: Tensor = found.to(raw) * slope.square()
     return importance

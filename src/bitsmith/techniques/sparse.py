@@ -92,7 +92,7 @@ class Sparse(WeightTechnique):
         """Which weights are left, as :func:`~bitsmith.numerics.masks.largest` says."""
         return largest(weight, self.density if density is None else density, self.granularity, self.block, self.m)
 
-    def weights(self, site: Site, record: Record, folded: Tensor, scale: Tensor | None) -> Weights:
+    def weights(self, site: Site, record: Record, given: Tensor, scale: Tensor | None) -> Weights:
         return _Sparse(self, self.mask(record.weights[site.name, 1]))
 
 
