@@ -1,9 +1,10 @@
 """The pretrained CIFAR ResNet-20 for the command line; the data folder is found through BITSMITH_DATA.
 
-    bitsmith explore examples/explore_resnet20.py:build --data examples/explore_resnet20.py:task --target examples/explore_resnet20.py:chip \\
-        --accuracy-drop 1 --objective energy --techniques all -o out/
+With F for examples/explore_resnet20.py:
 
-The same with --target onnxruntime, openvino, examples/explore_resnet20.py:systolic or examples/explore_resnet20.py:unzip.
+    bitsmith explore F:build --data F:task --target F:chip --accuracy-drop 1 --objective energy --techniques all -o out/
+
+The same with --target onnxruntime, openvino, F:systolic or F:unzip (which has no energy: --objective latency).
 """
 
 from __future__ import annotations
