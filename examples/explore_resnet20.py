@@ -4,7 +4,7 @@
     bitsmith explore $file:build --data $file:task --target $file:chip \\
         --accuracy-drop 1 --objective energy --techniques all --train 20 -o out/
 
-The same with --target onnxruntime, openvino, $file:systolic or $file:unzip.
+The same with --target onnxruntime, openvino, $file:systolic or $file:unzip (which has no energy: --objective latency).
 """
 
 from __future__ import annotations
