@@ -125,7 +125,7 @@ def test_load_runs_what_was_written(files: Mapping[str, Path], tmp_path: Path, m
     missing = No("the native kernels are not installed; install them with: pip install ./kernels")
     monkeypatch.setattr(_openvino_kernels, "extension", lambda: missing)
     bs.load(tmp_path / "same.onnx")
-    with pytest.raises(TargetError, match=r"convolutions for the native kernels: .*pip install"):
+    with pytest.raises(TargetError, match=r"layers for the native kernels: .*pip install"):
         bs.load(tmp_path / "fast.onnx")
 
 

@@ -39,7 +39,7 @@ def tree(length: int) -> Tensor:
 
 
 def codes(index: Tensor, axes: Sequence[int]) -> Tensor:
-    """Those codes as filters of shape ``axes``: int8 [count, *axes].
+    """Those codes as filters of shape ``axes``: int8 ``[count, *axes]``.
 
     ``index``: int64 numbers in the tree of length ``prod(box(axes))``. A code is laid out over the box row by row and
     cropped at the end of each axis.
@@ -68,7 +68,7 @@ def chosen(vectors: Tensor, count: int) -> Tensor:
     energy that the ones before it leave of ``vectors`` (orthogonal matching pursuit of all vectors at once: Tropp et
     al. 2006, doi:10.1016/j.sigpro.2005.05.030).
 
-    ``vectors``: [m, *axes], any floating type. Raises ``ValueError`` for more codes than entries of a vector.
+    ``vectors``: ``[m, *axes]``, any floating type. Raises ``ValueError`` for more codes than entries of a vector.
     """
     axes = tuple(vectors.shape[1:])
     total = math.prod(axes)
@@ -152,7 +152,7 @@ def _numbers(
 
 def coefficients(vectors: Tensor, index: Tensor) -> Tensor:
     """Least squares: ``a`` float64 [m, count] that minimizes ``|vectors - a codes(index)|``; of dependent codes the
-    least ``a``. ``vectors``: [m, *axes]."""
+    least ``a``. ``vectors``: ``[m, *axes]``."""
     axes = tuple(vectors.shape[1:])
     wanted = vectors.detach().double().flatten(1)
     matrix = codes(index, axes).flatten(1).double()

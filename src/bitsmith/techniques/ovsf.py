@@ -78,7 +78,7 @@ class Ovsf(Technique):
         return True
 
     def axes(self, site: Site) -> Shape:
-        """The shape of one vector of weights: (input channels, *kernel) of a filter, or the kernel alone."""
+        """The shape of one vector of weights: ``(input channels, *kernel)`` of a filter, or the kernel alone."""
         assert site.weight is not None
         return site.weight.shape[1 if self.scope == "filter" else 2 :]
 
