@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..numerics.grid import Grid
 from .guide import Guide
 from .limits import Limits, PrecisionStep, SizeError, grids
 from .size import learned_sizes
@@ -38,7 +37,8 @@ def allocate(
     """Bits of each tensor, 2 to 8, of least ``sum_i costs[i] 4^-bits[i]`` such that for each limit r
     ``sum_i rows[r][i] bits[i] <= room[r]``; None where no bits keep the limits.
 
-    ``rows``: bytes of one bit. Solved exactly (HiGHS, ``scipy.optimize.milp``); among equals the fewest bytes.
+    ``rows``: bytes of one bit. Solved to a relative gap of 1e-6, or for a minute at most (HiGHS,
+    ``scipy.optimize.milp``); among equals the fewest bytes.
 
     >>> allocate([64.0, 1.0], {"total": [1.0, 1.0]}, {"total": 9.0})
     [6, 3]
@@ -103,7 +103,7 @@ class Allocation(Guide):
     """
 
     def __init__(self, limits: Limits, phases: tuple[int, int, int], moves: int) -> None:
-        self.limits, self.moves = limits, moves
+        self.limits = limits
         first, second = phases[0], phases[0] + phases[1]
         self.at = sorted({first + round(phases[1] * k / moves) for k in range(moves)})
         self.first, self.last = first, second
@@ -122,26 +122,28 @@ class Allocation(Guide):
 
     def adjust(self, done: int) -> None:
         for name, grid in self.grids.items():
-            self.costs[name].add(4.0 ** float(grid.bits().detach().mean()) * grid.tie_gradients())
+            slope = grid.tie_gradients()
+            if done < self.at[-1]:  # nothing is allocated later
+                self.costs[name].add(4.0 ** float(grid.bits().detach().mean()) * slope)
 
     def after(self, done: int, loss: float) -> None:
         if done in self.at:
-            self._allocate(done)
+            self._allocate()
         if self.first < done <= self.last:
             self.sizes.append(PrecisionStep.of(loss, learned_sizes(self.net, self.limits.count)))
 
     @torch.no_grad()
-    def _allocate(self, done: int) -> None:
+    def _allocate(self) -> None:
         """New bits for every grid."""
         sizes = learned_sizes(self.net, "sum")
         before = {name: float(grid.bits().mean()) for name, grid in self.grids.items()}
         of_weights, of_activations = [], []
-        for grid in self.grids.values():
+        for name, grid in self.grids.items():
             # what one bit more takes, by asking: a grid is of weights or of an activation, and may serve several sites
-            kept = {name: tensor.clone() for name, tensor in grid.state_dict().items()}
+            kept = {key: tensor.clone() for key, tensor in grid.state_dict().items()}
             bits = 7 if float(grid.bits().max()) > 7 else 8
             grid.set_bits(bits)
-            other, mean = learned_sizes(self.net, "sum"), bits - before[_name(self.grids, grid)]
+            other, mean = learned_sizes(self.net, "sum"), bits - before[name]
             of_weights.append(float(other.weights - sizes.weights) / mean)
             of_activations.append(float(other.activations - sizes.activations) / mean)
             grid.load_state_dict(kept)
@@ -168,7 +170,3 @@ class Allocation(Guide):
     def resume(self, state: Mapping[str, Any], done: int) -> None:
         self.costs = {name: Cost(*numbers) for name, numbers in state["costs"].items()}
         self.sizes = [PrecisionStep(*numbers) for numbers in state["sizes"]]
-
-
-def _name(named: Mapping[str, Grid], grid: Grid) -> str:
-    return next(name for name, one in named.items() if one is grid)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..model.apply import build
 from ..model.flow import tensors
 from ..model.intercept import CHILD
-from ..model.network import Network, duplicate
+from ..model.network import Network
 from ..plan import Plan
 from ..technique import PrepareError, Step
 from .finetune import divergence, finetune
@@ -57,7 +57,7 @@ class Distil(Step):
             simulated,
             data,
             steps=self.steps,
-            teacher=duplicate(net.model),
+            teacher=net.model,
             distance=divergence if self.distance == "divergence" else output_error,
             lr=self.lr,
             forward=net.forward,

@@ -67,12 +67,14 @@ class Limits:
         """By how much so much of each limit is passed, relative to it: shape (limits,), 0 where it is kept."""
         return torch.stack([torch.relu(getattr(sizes, what) / (aim * limit) - 1) for what, limit in self.given.items()])
 
-    def check(self, net: nn.Module) -> None:
-        """Raise :class:`SizeError` where the fewest bits are too many: one level on each side of 0."""
+    def check(self, net: nn.Module, bits: int | None = None) -> None:
+        """Raise :class:`SizeError` where the fewest bits are too many: so many, or one level on each side of 0."""
         least = duplicate(net)
         with torch.no_grad():
             for grid in grids(least).values():
-                if grid.infers_bits:
+                if grid.infers_bits and bits is not None:
+                    grid.set_bits(bits)
+                elif grid.infers_bits:
                     grid.log_step.fill_(40.0)
             sizes = learned_sizes(least, self.count)
         for what, limit in self.given.items():

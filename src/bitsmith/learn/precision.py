@@ -17,7 +17,7 @@ from ..model.apply import is_applied, plan_of
 from ..model.network import duplicate
 from ..plan import Plan
 from ..progress import Progress
-from .allocation import Allocation
+from .allocation import WIDTHS, Allocation
 from .finetune import divergence, finetune
 from .history import History
 from .limits import Limits, PrecisionStep, grids
@@ -88,7 +88,8 @@ def learn_precision(
     and bits are inferred from them. To the loss comes ``strength * p * sum max(0, S / 0.98 T - 1)^2`` over the sizes S
     that have a limit T; p rises from 0.01 to 1 in the first half of the phase. ``judged`` times, evenly, a state that
     keeps the limits is judged by its loss on ``validation`` (by its training loss without); the best goes on, with all
-    levels that its bits hold. (The papers hold the steps in the first and the last phase.)
+    levels that its bits hold. (The papers hold the steps in the first and the last phase.) ``validation`` is read by
+    this method alone.
 
     All else as in :func:`~bitsmith.finetune`: ``checkpoint`` and several processes included. ``net`` is not changed.
     Raises :class:`SizeError` for a limit below what the fewest bits take (said before training where it can be), and
@@ -117,19 +118,19 @@ def learn_precision(
             "learn_precision: no grid of the network infers bits; apply a plan with "
             'Int(..., learn=Learn("step_range"), weight_learn=Learn("step_range"))'
         )
-    limits.check(net)
-    device, reference = device_of(net), None if teacher is None else duplicate(teacher).eval()
-
-    def judge(judged: nn.Module, item: Any) -> Tensor:
-        inputs, target = item
-        output = call(judged, inputs, forward)
-        found = objective(output, target, loss, active_cells(judged), device)
-        return found if reference is None else found + distance(output, call(reference, inputs, forward))
-
+    limits.check(net, WIDTHS[0] if method == "allocation" else None)
     guide: Allocation | Penalty
     if method == "allocation":
         guide = Allocation(limits, steps, moves)
     else:
+        device, reference = device_of(net), None if teacher is None else duplicate(teacher).eval()
+
+        def judge(student: nn.Module, item: Any) -> Tensor:
+            inputs, target = item
+            output = call(student, inputs, forward)
+            found = objective(output, target, loss, active_cells(student), device)
+            return found if reference is None else found + distance(output, call(reference, inputs, forward))
+
         guide = Penalty(limits, steps, strength, rhythm, judged, judge, validation)
 
     def falling(optimizer: torch.optim.Optimizer, last: int) -> LRScheduler:

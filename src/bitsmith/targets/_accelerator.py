@@ -18,7 +18,17 @@ from ..site import Record, Site
 from ..technique import No, Technique
 from ..techniques.float_ import Float
 from ..techniques.int_ import Int
-from ._formulas import costed, integer_bits, modelled, output_format, parts, reads, recorded_batch, value_bytes
+from ._formulas import (
+    costed,
+    integer_bits,
+    modelled,
+    output_format,
+    parts,
+    reads,
+    realised,
+    recorded_batch,
+    value_bytes,
+)
 from .base import Array, Artifact, Realised, SiteTimes, Source, Target, TargetError, Timing
 from .onnxruntime import OnnxRuntime
 from .storage import density_of
@@ -145,20 +155,7 @@ class Modelled(Target, ABC):
 
     def realise(self, plan: Plan, record: Record) -> Mapping[str, Realised | No]:
         """By rule: a site runs in the precision of its operands."""
-        fused = {member for site in record.sites.values() for member in site.epilogue}
-        verdicts: dict[str, Realised | No] = {}
-        for name, site in record.sites.items():
-            technique = plan.get(name) or Float()
-            found = self.precision(site, technique)
-            if isinstance(found, No):
-                verdicts[name] = found
-            elif name in fused and name not in plan:
-                verdicts[name] = Realised("folded", "modelled as fused into the operation before it")
-            elif technique.form(site) == "dialect" and integer_bits(site, technique) is None:
-                verdicts[name] = Realised("size only", f"modelled: stored small, computed in {found}")
-            else:
-                verdicts[name] = Realised(found, "modelled")
-        return verdicts
+        return realised(plan, record, self.precision)
 
     # -- files -----------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from torch import nn
@@ -16,7 +16,7 @@ from ..site import Record, Site, TensorInfo
 from ..technique import No, Technique
 from ..techniques.float_ import Float
 from ..techniques.int_ import Int
-from .base import Artifact, SiteTimes, Source, Target, TargetError
+from .base import Artifact, Realised, SiteTimes, Source, Target, TargetError
 
 FREE = ACTIVATIONS | {"batch_norm"}
 """Fused into what computes before them, so that they cost nothing."""
@@ -30,6 +30,24 @@ class Costed(NamedTuple):
     precisions: dict[str, str]
     energies: dict[str, float]
     areas: dict[str, float]
+
+
+def realised(plan: Plan, record: Record, precision: Callable[[Site, Technique], str | No]) -> dict[str, Realised | No]:
+    """What a modelled target makes of each site: computed in the ``precision`` of its operands, or why not."""
+    fused = {member for site in record.sites.values() for member in site.epilogue}
+    verdicts: dict[str, Realised | No] = {}
+    for name, site in record.sites.items():
+        technique = plan.get(name) or Float()
+        found = precision(site, technique)
+        if isinstance(found, No):
+            verdicts[name] = found
+        elif name in fused and name not in plan:
+            verdicts[name] = Realised("folded", "modelled as fused into the operation before it")
+        elif technique.form(site) == "dialect" and integer_bits(site, technique) is None:
+            verdicts[name] = Realised("size only", f"modelled: stored small, computed in {found}")
+        else:
+            verdicts[name] = Realised(found, "modelled")
+    return verdicts
 
 
 def modelled(target: Target, net: nn.Module, inputs: Iterable[tuple[str, tuple[int, ...], str]]) -> Costed:

@@ -20,7 +20,7 @@ from ..plan import Plan
 from ..site import Record, Site
 from ..technique import No, Technique
 from ..techniques.float_ import Float
-from ._formulas import FREE, costed, integer_bits, modelled, moved_bytes, parts, recorded_batch, value_bytes
+from ._formulas import FREE, costed, integer_bits, modelled, moved_bytes, parts, realised, recorded_batch, value_bytes
 from .base import Array, Artifact, Realised, SiteTimes, Source, Target, TargetError, Timing
 from .onnxruntime import OnnxRuntime
 
@@ -137,20 +137,12 @@ class Roofline(Target):
 
     def realise(self, plan: Plan, record: Record) -> Mapping[str, Realised | No]:
         """By rule: a site runs in the precision of its operands."""
-        fused = {member for site in record.sites.values() for member in site.epilogue}
-        verdicts: dict[str, Realised | No] = {}
-        for name, site in record.sites.items():
-            technique = plan.get(name) or Float()
+
+        def precision(site: Site, technique: Technique) -> str | No:
             verdict = self.supports(technique, site)
-            if isinstance(verdict, No):
-                verdicts[name] = verdict
-            elif name in fused and name not in plan:
-                verdicts[name] = Realised("folded", "modelled as fused into the operation before it")
-            elif technique.form(site) == "dialect" and integer_bits(site, technique) is None:
-                verdicts[name] = Realised("size only", "modelled: stored small, computed in float32")
-            else:
-                verdicts[name] = Realised(self._precision(site, technique), "modelled")
-        return verdicts
+            return verdict if isinstance(verdict, No) else self._precision(site, technique)
+
+        return realised(plan, record, precision)
 
     # -- files -----------------------------------------------------------------------------------------------------
 
