@@ -7,7 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from bitsmith.cli import arguments
@@ -15,6 +15,7 @@ from bitsmith.cli.arguments import ArgumentError
 from bitsmith.plan import Budget
 from bitsmith.site import Format, Range
 from bitsmith.targets.base import Target
+from bitsmith.technique import Technique
 from bitsmith.techniques.float_ import Float
 from bitsmith.techniques.int_ import Int
 
@@ -81,6 +82,8 @@ def test_nothing_is_run_while_a_text_is_refused(tmp_path: Path) -> None:
     assert not trap.exists()
 
 
+@example("Adder")
+@example("Int(4, 8)")
 @given(st.text(string.ascii_letters + string.digits + "()[]{}.,=*'\"_:;+- \n\\\0", max_size=40))
 def test_any_text_is_a_technique_or_an_error_to_mend(text: str) -> None:
     try:
@@ -88,7 +91,8 @@ def test_any_text_is_a_technique_or_an_error_to_mend(text: str) -> None:
     except ValueError:
         return
     assert found is not None
-    assert isinstance(found[0], Int | Float)
+    assert isinstance(found[0], Technique)
+    assert arguments.techniques([text]) == found
 
 
 def test_a_wrong_field_and_a_wrong_value_are_told_in_the_words_of_the_technique() -> None:
