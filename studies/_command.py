@@ -20,6 +20,7 @@ from bitsmith._files import atomic_write
 from bitsmith.store import Store
 from bitsmith.zoo.data import data_root
 
+from . import _workers
 from ._guided import RESULTS, SIZES, Cell, Place, Subject, library, opened, searched
 
 
@@ -50,16 +51,22 @@ class Study:
         full: str = "whole halves, every cell, no limit of time: hours",
         store: str = "guided",
         more: Mapping[str, tuple[type, Any, str]] | None = None,
+        workers: bool = False,
     ) -> Study:
         """Read the command line, open the store, and say what is to come. ``parts``: what ``--only`` chooses among;
         ``seeds``: by default; ``full``: what that option means; ``store``: the file's name; ``more``: options of one
-        study, name -> type, default, help."""
+        study, name -> type, default, help; ``workers``: whether it computes its rows by :meth:`every`."""
         parser = argparse.ArgumentParser(prog=f"python -m studies.{name}", description=about)
         parser.add_argument("--full", action="store_true", help=full)
         parser.add_argument("--only", action="append", choices=list(parts), help="this part only (repeatable)")
         parser.add_argument("--seeds", type=int, default=seeds, help=f"how many ({seeds})")
         parser.add_argument("--minutes", type=float, default=minutes, help=f"for all parts together ({minutes:g})")
         parser.add_argument("--threads", type=int, default=1, help="of the simulation and of the runtime (1)")
+        if workers:
+            default = min(2, os.cpu_count() or 1)
+            parser.add_argument(
+                "--workers", type=int, default=default, help=f"processes, of --threads each ({default})"
+            )
         for option, (kind, default, text) in (more or {}).items():
             parser.add_argument(f"--{option}", type=kind, default=default, help=text)
         options = parser.parse_args(argv)
@@ -98,6 +105,19 @@ class Study:
             found = self.store.get_or(kind, key, compute)
             print(f"  {label}: {time.perf_counter() - start:.0f} s", flush=True)
         return found
+
+    def every(self, kind: str, jobs: Iterable[_workers.Job]) -> list[Any | None]:
+        """:meth:`row` for each (key, label, compute), in their order; what the store lacks is computed by ``--workers``
+        processes, to which ``compute`` is sent."""
+        jobs = list(jobs)
+        missing = [job for job in jobs if self.store.get(kind, job[0]) is None]
+        if self.options.workers > 1 and len(missing) > 1:
+            tasks = [compute for _, _, compute in missing]
+            processes, threads = self.options.workers, self.options.threads
+            for number, found, seconds in _workers.computed(tasks, processes, threads, self._end):
+                self.store.put(kind, missing[number][0], found)
+                print(f"  {missing[number][1]}: {seconds:.0f} s", flush=True)
+        return [self.row(kind, key, label, compute) for key, label, compute in jobs]
 
     def search(self, subject: Subject, cell: Cell, places: Sequence[Place]) -> None:
         """One cell, as a row of the results."""

@@ -36,12 +36,10 @@ def run(study: Study, bed: Bed, cells: Sequence[Cell], split: Split) -> list[tup
     """The cells' records, from the store or made; a row of the results for each."""
     missing = [cell for cell in cells if study.store.get("adder", bed.key(cell, split)) is None]
     print(f"{bed.name}, {bed.network}, {split}: {len(cells)} networks, {len(missing)} to be trained", flush=True)
-    found = []
-    for cell in cells:
-        record = study.row("adder", bed.key(cell, split), cell.name, partial(bed.record, cell, split))
-        if record is not None:
-            found.append((cell, record))
-            study.rows.append({**vars(cell), "network": bed.network, "split": split, **record})
+    jobs = [(bed.key(cell, split), cell.name, partial(bed.record, cell, split)) for cell in cells]
+    records = study.every("adder", jobs)
+    found = [(cell, record) for cell, record in zip(cells, records, strict=True) if record is not None]
+    study.rows += [{**vars(cell), "network": bed.network, "split": split, **record} for cell, record in found]
     return found
 
 
@@ -66,9 +64,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         25.0,
         argv,
         parts=tuple(SHARES),
-        seeds=2,
+        seeds=3,
         full="every part, ResNet-20 and 400 epochs, no limit of time: weeks",
         store="adder_net",
+        workers=True,
     )
     options = study.options
     root = data_root()

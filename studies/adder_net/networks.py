@@ -21,6 +21,7 @@ from bitsmith.zoo.weights import read_npz
 
 from .._images import Augmented, jpeg_training
 from .._resnet20 import task_of
+from .._workers import Reopened
 
 CONV, ADDER = "convolution", "adder"
 SIGN, PLAIN_RATE = "adder, sign gradient", "adder, no adaptive rate"
@@ -73,7 +74,7 @@ class SmallResNet(nn.Module):
         return logits
 
 
-class Bed(ABC):
+class Bed(Reopened, ABC):
     """One task and its network."""
 
     name: str

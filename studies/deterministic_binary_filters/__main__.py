@@ -14,7 +14,7 @@ from .._command import Study
 from .._guided import RESULTS
 from . import tables
 from .beds import Bed, Cifar, Keywords, Split
-from .forms import BASIS8, DENSE, FILTER, FIRST, INTEGER, KERNEL, NARROW, PRUNED, SCRATCH, Cell
+from .forms import BASIS1, BASIS8, CODES, DENSE, FILTER, FIRST, INTEGER, KERNEL, NARROW, PALETTE, PRUNED, SCRATCH, Cell
 
 SHARES = {"tune": 0.4, "keywords": 0.4, "cifar": 0.6}
 """Of the time, by part."""
@@ -31,19 +31,23 @@ COMMON = (
     (DENSE, (1.0,)),
     (FILTER, RATIOS),
     (PRUNED, RATIOS[1:]),
-    (INTEGER, (0.25, 0.125)),
+    (INTEGER, (0.25, 0.125, 0.0625)),
+    (PALETTE, (0.125, 0.0625)),
     (KERNEL, (0.5, 0.25)),
     (FIRST, (0.5, 0.25)),
     (BASIS8, (0.125, 0.0625)),
+    (BASIS1, (0.03125,)),
 )
 SHORT = (
     (DENSE, (1.0,)),
     (FILTER, RATIOS),
     (PRUNED, RATIOS[1:]),
-    (INTEGER, (0.25, 0.125)),
+    (INTEGER, (0.25, 0.125, 0.0625)),
+    (PALETTE, (0.125, 0.0625)),
     (KERNEL, (0.25,)),
     (FIRST, (0.25,)),
-    (BASIS8, (0.125,)),
+    (BASIS8, (0.125, 0.0625)),
+    (BASIS1, (0.03125,)),
 )
 FORMS = {"keywords": (*COMMON, (NARROW, RATIOS[2:]), (SCRATCH, (0.25,))), "CIFAR-10": SHORT}
 
@@ -66,7 +70,7 @@ RATE = {
 
 def rate_of(data: str, form: str) -> float:
     """A form that was not tuned has the rate of the one that it is like."""
-    like = {KERNEL: FILTER, FIRST: FILTER, BASIS8: FILTER, INTEGER: DENSE}.get(form, form)
+    like = {PALETTE: DENSE, INTEGER: DENSE}.get(form, FILTER if form in CODES else form)
     return 2e-3 if form in (NARROW, SCRATCH) else RATE[data, like]
 
 
@@ -74,12 +78,10 @@ def run(study: Study, bed: Bed, cells: Sequence[Cell], split: Split) -> list[tup
     """The cells' records, from the store or made; a row of the results for each."""
     missing = [cell for cell in cells if study.store.get("dbf", bed.key(cell, split)) is None]
     print(f"{bed.name}, {split}: {len(cells)} networks, {len(missing)} to be trained", flush=True)
-    found = []
-    for cell in cells:
-        record = study.row("dbf", bed.key(cell, split), cell.name, partial(bed.record, cell, split))
-        if record is not None:
-            found.append((cell, record))
-            study.rows.append({**vars(cell), "split": split, **record})
+    jobs = [(bed.key(cell, split), cell.name, partial(bed.record, cell, split)) for cell in cells]
+    records = study.every("dbf", jobs)
+    found = [(cell, record) for cell, record in zip(cells, records, strict=True) if record is not None]
+    study.rows += [{**vars(cell), "split": split, **record} for cell, record in found]
     return found
 
 
@@ -112,9 +114,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         25.0,
         argv,
         parts=tuple(SHARES),
-        seeds=2,
+        seeds=3,
         full=f"every part, {FULL} times the steps, no limit of time: hours",
         store="deterministic_binary_filters",
+        workers=True,
     )
     options = study.options
     root = data_root()
@@ -132,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             tune(study, list(beds.values()))
             continue
         bed = beds[name]
+        study.every("dbf start", bed.starts(options.seeds))
         mine = run(study, bed, list(grid(study, bed)), "test")
         tables.by_size(mine, f"{bed.name}, {STEPS[bed.name] * times} steps")
         found += mine

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,11 +16,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import bitsmith as bs
-from bitsmith._hash import hash_files
+from bitsmith._files import atomic_write
+from bitsmith._hash import hash_files, hash_json
 from bitsmith.zoo.weights import read_npz
 
+from .._guided import RESULTS
 from .._images import Augmented
 from .._resnet20 import network, task_of
+from .._workers import Job, Reopened
 from .forms import DENSE, NARROW, SCRATCH, Cell, operations, plan_of, stored
 
 Split = Literal["validation", "test"]
@@ -30,11 +34,12 @@ CHANNELS = (32, 32, 48, 64)
 """Of the keyword network's convolutions."""
 SHARES = {"training": 0.6, "validation": 0.15}
 """Of the clips, whole speakers each; the others test."""
+TECHNIQUES = ("ovsf", "sparse", "int_", "palette")
 START_RATE = 2e-3
 """Adam's, of networks that begin with random weights."""
 
 
-class Bed(ABC):
+class Bed(Reopened, ABC):
     """One task: data, a dense network to begin with for each seed, and its training."""
 
     name: str
@@ -55,6 +60,10 @@ class Bed(ABC):
     def begun(self, seed: int) -> nn.Module:
         """The dense network that every form of that seed begins with."""
 
+    def starts(self, seeds: int) -> list[Job]:
+        """What is to be trained before any form is put in; nothing where weights are published."""
+        return []
+
     def fresh(self, seed: int, ratio: float) -> tuple[nn.Module, int]:
         """A network of random weights, of channels that make about ``ratio`` of the bytes, and the steps that the
         dense start of the others took."""
@@ -62,7 +71,7 @@ class Bed(ABC):
 
     def key(self, cell: Cell, split: Split) -> dict[str, Any]:
         package = Path(bs.__file__).parent
-        sources = ("numerics/ovsf.py", "techniques/ovsf.py", "techniques/sparse.py", "techniques/int_.py")
+        sources = ("numerics/ovsf.py", "numerics/palette.py", *(f"techniques/{name}.py" for name in TECHNIQUES))
         here = [Path(__file__), Path(__file__).parent / "forms.py"]
         code = hash_files([*here, *(package / source for source in sources)])
         return {**vars(cell), "split": split, "code": code, "torch": torch.__version__}
@@ -159,6 +168,24 @@ class Keywords(Bed):
     def key(self, cell: Cell, split: Split) -> dict[str, Any]:
         return {**super().key(cell, split), "start": self.steps}
 
+    def start(self, seed: int) -> tuple[dict[str, Any], Path]:
+        """What the dense network of a seed depends on, and where it is kept for all processes."""
+        key = {"steps": self.steps, "seed": seed, "code": hash_files([Path(__file__)]), "torch": torch.__version__}
+        return key, RESULTS / "models" / f"keywords-{hash_json(key)[:16]}.pt"
+
+    def starts(self, seeds: int) -> list[Job]:
+        return [
+            (self.start(seed)[0], f"{self.name}, dense start, seed {seed}", partial(self.made, seed))
+            for seed in range(seeds)
+        ]
+
+    def made(self, seed: int) -> dict[str, float]:
+        """Train the dense network of a seed and keep it."""
+        model, steps = self.fresh(seed, 1.0)
+        model = self.trained(model, steps, START_RATE, seed).eval()
+        atomic_write(self.start(seed)[1], lambda temporary: torch.save(model.state_dict(), temporary))
+        return {"accuracy": accuracy(model, self.held("validation"))}
+
     def loader(self) -> Any:
         return Clips(*self.parts["training"])
 
@@ -167,8 +194,12 @@ class Keywords(Bed):
         return list(zip(x.split(200), y.split(200), strict=True))
 
     def begun(self, seed: int) -> nn.Module:
-        model, steps = self.fresh(seed, 1.0)
-        return self.trained(model, steps, START_RATE, seed).eval()
+        _, path = self.start(seed)
+        if not path.is_file():
+            self.made(seed)
+        model, _ = self.fresh(seed, 1.0)
+        model.load_state_dict(torch.load(path, weights_only=True))
+        return model.eval()
 
     def fresh(self, seed: int, ratio: float) -> tuple[nn.Module, int]:
         with torch.random.fork_rng():

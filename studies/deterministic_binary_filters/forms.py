@@ -11,7 +11,9 @@ import bitsmith as bs
 DENSE, NARROW = "dense", "dense, fewer channels"
 FILTER, KERNEL, FIRST = "codes by filter", "codes by kernel", "first codes of the tree"
 SCRATCH = "codes by filter, no dense start"
-BASIS8, PRUNED, INTEGER = "codes by filter, 8-bit coefficients", "pruned", "integers"
+BASIS8, BASIS1 = "codes by filter, 8-bit coefficients", "codes by filter, signs as coefficients"
+PRUNED, INTEGER, PALETTE = "pruned", "integers", "palettes"
+CODES = (FILTER, KERNEL, FIRST, BASIS8, BASIS1)
 
 Sites = Mapping[str, bs.Site]
 
@@ -47,12 +49,15 @@ def plan_of(cell: Cell, sites: Sites) -> bs.Plan:
         return bs.Plan({name: bs.Sparse(density(sites[name], bs.Ovsf(cell.ratio).bits(sites[name]))) for name in names})
     if cell.form == INTEGER:
         return bs.Plan(dict.fromkeys(names, bs.Int(round(32 * cell.ratio), None)))
+    if cell.form == PALETTE:
+        return bs.Plan(dict.fromkeys(names, bs.Palette(round(32 * cell.ratio))))
     technique = {
         FILTER: bs.Ovsf(cell.ratio),
         SCRATCH: bs.Ovsf(cell.ratio),
         KERNEL: bs.Ovsf(cell.ratio, "kernel"),
         FIRST: bs.Ovsf(cell.ratio, codes="first"),
         BASIS8: bs.Ovsf(min(1.0, 4 * cell.ratio), coefficient_bits=8),
+        BASIS1: bs.Ovsf(min(1.0, 32 * cell.ratio), coefficient_bits=1),
     }[cell.form]
     return bs.Plan(dict.fromkeys(names, technique))
 

@@ -86,12 +86,12 @@ def test_the_command_makes_tables_a_plot_and_goes_on(root: Any, monkeypatch: pyt
     monkeypatch.setattr(study, "data_root", lambda: root)
     monkeypatch.setattr(study, "STEPS", {"Fashion-MNIST": 4, "CIFAR-10": 4})
     monkeypatch.setattr(study, "Cifar", lambda root, depth: None)  # its archive is not here
-    study.main(["--seeds", "1", "--only", "fashion"])
+    study.main(["--seeds", "1", "--workers", "1", "--only", "fashion"])
     said = capsys.readouterr().out
     assert "Fashion-MNIST, ResNet-8 on 28x28, 4 steps of 64; test accuracy" in said
     assert "adder, one scale" in said
     assert (folder / "adder_net.svg").stat().st_size > 1000
     rows = json.loads((folder / "adder_net.json").read_text())["rows"]
     assert [row["form"] for row in rows] == list(networks.FORMS)
-    study.main(["--seeds", "1", "--only", "fashion"])
+    study.main(["--seeds", "1", "--workers", "1", "--only", "fashion"])
     assert "4 networks, 0 to be trained" in capsys.readouterr().out

@@ -96,15 +96,16 @@ def test_the_command_makes_tables_a_plot_and_goes_on(root: Any, monkeypatch: pyt
     folder = root / "results"
     monkeypatch.setattr(command, "RESULTS", folder)
     monkeypatch.setattr(study, "RESULTS", folder)
+    monkeypatch.setattr(beds, "RESULTS", folder)
     monkeypatch.setattr(study, "data_root", lambda: root)
-    monkeypatch.setattr(study, "START", 30)
-    monkeypatch.setattr(study, "STEPS", {"keywords": 3, "CIFAR-10": 3})
-    study.main(["--seeds", "1"])
+    monkeypatch.setattr(study, "START", 10)
+    monkeypatch.setattr(study, "STEPS", {"keywords": 2, "CIFAR-10": 2})
+    study.main(["--seeds", "1", "--workers", "1"])
     said = capsys.readouterr().out
-    assert "keywords, 3 steps; test accuracy" in said
+    assert "keywords, 2 steps; test accuracy" in said
     assert "0 cells left out" in said
     assert (folder / "deterministic_binary_filters.svg").stat().st_size > 1000
     rows = json.loads((folder / "deterministic_binary_filters.json").read_text())["rows"]
     assert {row["data"] for row in rows} == {"keywords", "CIFAR-10"}
-    study.main(["--seeds", "1"])
+    study.main(["--seeds", "1", "--workers", "1"])
     assert ", 0 to be trained" in capsys.readouterr().out
