@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -63,13 +65,17 @@ class Pool:
 
 
 def small(width: int = 8, seed: int = 0, steps: int = 60) -> Small:
-    """A trained :class:`Small` in eval; the same one every time."""
+    """A trained :class:`Small` in eval; the same one every time, a copy for each caller."""
+    return copy.deepcopy(_trained(width, seed, steps))
+
+
+@functools.cache
+def _trained(width: int, seed: int, steps: int) -> Small:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = Small(width)
         optimizer = torch.optim.Adam(model.parameters(), 0.01)
-        data = batches(steps, seed=seed)
-        for x, y in data:
+        for x, y in batches(steps, seed=seed):
             optimizer.zero_grad()
             F.cross_entropy(model(x), y).backward()
             optimizer.step()

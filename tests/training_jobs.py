@@ -151,9 +151,16 @@ def write(net: nn.Module, path: Path) -> None:
     save_file({name: tensor.clone().contiguous() for name, tensor in tensors_of(net).items()}, path)
 
 
-def join(folder: Path, seconds: float = 60) -> tuple[int, int]:
-    """Enter the process group that the environment names, as ``torchrun`` sets it."""
-    torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=seconds))
+def join(folder: Path, job: str, seconds: float = 60) -> tuple[int, int]:
+    """Enter the process group that ``torchrun`` set in the environment; without its port, meet by a file of this job.
+
+    A port that is free when it is chosen may be taken when it is used; a file of this job's folder is nobody else's.
+    """
+    meeting = "env://"
+    if "MASTER_PORT" not in os.environ:
+        rank, world = os.environ["RANK"], os.environ["WORLD_SIZE"]
+        meeting = f"{(folder / f'{job}.meeting').absolute().as_uri()}?rank={rank}&world_size={world}"
+    torch.distributed.init_process_group("gloo", meeting, timeout=datetime.timedelta(seconds=seconds))
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
@@ -168,7 +175,7 @@ def main() -> None:
         changes = {"grid_lr": 0.2, "strength": 1e4} if options["method"] == "penalty" else {"moves": 2}
         learned(folder, 1, int(options["at"]), method=options["method"], **changes)
         return
-    rank, world = join(folder, float(options.get("timeout", 60)))
+    rank, world = join(folder, job, float(options.get("timeout", 60)))
     if job == "shared":
         net, history = shared(folder, world, checkpoint=folder / "shared.safetensors", every=3)
         write(net, folder / f"rank{rank}.safetensors")
@@ -187,6 +194,7 @@ def main() -> None:
         shared(folder, world, forward=Stopping(rank, signal.SIGSTOP))
     elif job == "nan":
         shared(folder, world, forward=Stopping(rank, None))
+    torch.distributed.barrier()  # none closes its connections while another still uses them
     torch.distributed.destroy_process_group()
 
 

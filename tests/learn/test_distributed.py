@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -25,22 +24,19 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 JOBS = Path(__file__).parents[1] / "training_jobs.py"
 
 
+def environment() -> dict[str, str]:
+    """Of the processes; what aborts one says where it was."""
+    return {**os.environ, **ONE_THREAD, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONFAULTHANDLER": "1"}
+
+
 def together(job: str, folder: Path, *options: str) -> list[subprocess.Popen[str]]:
-    """The job in two processes, as ``torchrun`` would start it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {
-        **os.environ,
-        **ONE_THREAD,
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-    }
+    """The job in two processes, without ``torchrun``."""
+    common = {**environment(), "WORLD_SIZE": "2"}
+    common.pop("MASTER_PORT", None)
     return [
         subprocess.Popen(
             [sys.executable, str(JOBS), job, str(folder), *options],
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port)},
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -71,9 +67,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The job ``shared``, started by ``torchrun`` itself."""
     folder = tmp_path_factory.mktemp("two")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, **ONE_THREAD, "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run(
-        [*command, str(JOBS), "shared", str(folder)], env=environment, capture_output=True, text=True, timeout=300
+        [*command, str(JOBS), "shared", str(folder)], env=environment(), capture_output=True, text=True, timeout=300
     )
     assert run.returncode == 0, run.stderr
     return folder

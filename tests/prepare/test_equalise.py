@@ -176,7 +176,6 @@ class Between(nn.Module):
         (lambda x: x + x.mean(), False),
         (torch.exp, False),
     ],
-    ids=str,
 )
 def test_what_it_reaches_across(function: Any, crossed: bool) -> None:
     model = randomised(Between(function), 6)

@@ -322,8 +322,11 @@ def test_the_first_runs_are_not_in_the_times_of_sites(tmp_path: Path) -> None:
     """The plugin's counters are means since compilation, where preparing a kernel takes a hundred times its run."""
     torch.manual_seed(0)
     data = [(torch.randn(1, 3, 24, 24), None)]
-    times = TARGET.site_times(exported(Residual(64).eval(), Plan(), data, tmp_path / "net.xml")[1], rounds=30)
-    assert 0.2 * times.whole < times.total < 5 * times.whole
+    _, artifact = exported(Residual(64).eval(), Plan(), data, tmp_path / "net.xml")
+    times = TARGET.site_times(artifact, rounds=30)
+    (whole,) = TARGET.measure([artifact], rounds=50)
+    least = min(whole.samples)  # most runs wait for a core where other work has them
+    assert 0.2 * least < times.total < 5 * least
     assert max(times.sites, key=times.sites.__getitem__) in ("conv1", "conv2")
 
 
