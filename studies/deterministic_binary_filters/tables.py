@@ -10,7 +10,12 @@ from typing import Any
 from benchmarks.harness import table
 
 from .._command import spread
-from .forms import DENSE, FILTER, FIRST, INTEGER, KERNEL, PRUNED, Cell
+from .forms import BASIS1, BASIS8, DENSE, FILTER, FIRST, INTEGER, KERNEL, PALETTE, PRUNED, Cell
+
+MARKS = {
+    **{FILTER: "o-", BASIS8: "o--", BASIS1: "P", KERNEL: "s-", FIRST: "x--"},
+    **{PRUNED: "^:", INTEGER: "d:", PALETTE: "v:"},
+}
 
 Found = Sequence[tuple[Cell, Mapping[str, Any]]]
 
@@ -65,10 +70,10 @@ def plot(found: Found, path: Path) -> None:
     from matplotlib import pyplot
 
     names = list(dict.fromkeys(cell.data for cell, _ in found))
-    figure, axes = pyplot.subplots(1, len(names), figsize=(4.8 * len(names), 3.6), squeeze=False)
+    figure, axes = pyplot.subplots(1, len(names), figsize=(5.4 * len(names), 4.2), squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
         mine = [(cell, record) for cell, record in found if cell.data == name]
-        for form, mark in ((FILTER, "o-"), (KERNEL, "s-"), (FIRST, "x--"), (PRUNED, "^:"), (INTEGER, "d:")):
+        for form, mark in MARKS.items():
             points = []
             for ratio in sorted({cell.ratio for cell, _ in mine if cell.form == form}):
                 records = [record for cell, record in mine if (cell.form, cell.ratio) == (form, ratio)]
