@@ -182,7 +182,7 @@ def realised(
     multiplied = products(nodes)
     for node in nodes:
         own = multiplied.get(node.name, frozenset())
-        # of a chain, some sums are rounded again at once and dequantized nowhere: all its stored integers are multiplied
+        # some sums of a chain are rounded again at once and dequantized nowhere: all its stored integers are multiplied
         together = [site for site in owners.sites(node, own) if site in small] if own else []
         for site in together:
             others = " and ".join(other for other in together if other != site)
