@@ -146,8 +146,13 @@ void adder_input_gradient(const AdderShape& s, const float* x, const float* w, c
     const std::ptrdiff_t pixels = s.channels * s.height * s.width;
     std::memset(gx + begin * pixels, 0, sizeof(float) * (end - begin) * pixels);
     Run runs[adder_rows];
-    for (std::ptrdiff_t first = begin * s.places(); first < end * s.places(); first += adder_rows) {
-        const int count = runs_of(s, first, std::min(adder_rows, end * s.places() - first), runs);
+    // A tile has outputs of one image, or of whole ones: what is added to a pixel, and in which order, does not depend on
+    // where the threads' shares begin.
+    const std::ptrdiff_t places = s.places(), last = end * places;
+    for (std::ptrdiff_t first = begin * places, next; first < last; first = next) {
+        next = places < adder_rows ? std::min(first + adder_rows / places * places, last)
+                                   : std::min(first + adder_rows, (first / places + 1) * places);
+        const int count = runs_of(s, first, next - first, runs);
         for (std::ptrdiff_t group = 0; group < s.groups; ++group) {
             gather(s, group, runs, count, x, tile);
             std::memset(behind, 0, sizeof(float) * filters * adder_rows);

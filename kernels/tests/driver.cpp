@@ -1,4 +1,4 @@
-// Random layers, of integers and of signs, on every instruction set against the scalar reference, for the sanitizers and
+// Random layers, of integers, of signs and of distances, on every instruction set against the scalar reference, for the sanitizers and
 // valgrind (see README.md).
 // Usage: driver [cases]. The exit status is 0 if all agree.
 #include <cstdio>
@@ -9,6 +9,8 @@
 #include <random>
 #include <vector>
 
+#include "adder.h"
+#include "adder_c_abi.h"
 #include "binary_layer.h"
 #include "guarded.h"
 #include "layer.h"
@@ -216,6 +218,73 @@ bool one_case_of_signs(Random& random, int number) {
         });
 }
 
+// Numbers of any size, or those of a grid of 8 bits.
+void fill_levels(Random& random, std::uint8_t* data, std::size_t count, bool integers) {
+    for (std::size_t i = 0; i < count; ++i) {
+        const float value = integers ? static_cast<float>(random.in(-127, 127)) * 0.03f
+                                     : static_cast<float>(random.in(-1000000, 1000000)) * 3e-6f;
+        std::memcpy(data + i * 4, &value, 4);
+    }
+}
+
+// Distances and their gradient by the input: a convolution, or a linear layer, of maps of one pixel.
+bool one_case_of_distances(Random& random, int number) {
+    const bool linear = !random.in(0, 2), integers = random.coin(), gradient = random.coin(), after = random.coin();
+    bitsmith_adder layer = {};
+    layer.groups = linear ? 1 : random.in(1, 3);
+    const int each = linear ? random.in(1, 300) : random.in(1, 9), made = random.in(1, 20);
+    layer.channels = layer.groups * each;
+    layer.filters = layer.groups * made;
+    layer.images = linear ? random.in(1, 100) : random.in(1, 3);
+    std::int64_t size[2] = {1, 1}, *const first[2] = {&layer.top, &layer.left};
+    for (int axis = 0; axis < 2; ++axis) {
+        layer.kernel[axis] = linear ? 1 : random.in(1, 4);
+        layer.stride[axis] = linear ? 1 : random.in(1, 3);
+        layer.dilation[axis] = linear ? 1 : random.in(1, 2);
+        const int before = linear ? 0 : random.in(0, 3), behind = linear ? 0 : random.in(0, 3);
+        const std::int64_t covered = (layer.kernel[axis] - 1) * layer.dilation[axis] + 1;
+        if (!linear) size[axis] = std::max<std::int64_t>(1, covered - before - behind) + random.in(0, axis ? 40 : 9);
+        *first[axis] = before;
+        layer.out[axis] = (size[axis] + before + behind - covered) / layer.stride[axis] + 1;
+    }
+    layer.height = size[0];
+    layer.width = size[1];
+    const auto count = [](std::int64_t a, std::int64_t b, std::int64_t c) { return static_cast<std::size_t>(a * b * c); };
+    const std::size_t in = count(layer.images, layer.channels, layer.height * layer.width);
+    const std::size_t out = count(layer.images, layer.filters, layer.out[0] * layer.out[1]);
+    const std::size_t weights = count(layer.filters, each, layer.kernel[0] * layer.kernel[1]);
+    Guarded x(in * 4, after), w(weights * 4, after), g(out * 4, after);
+    fill_levels(random, x.data(), in, integers);
+    fill_levels(random, w.data(), weights, integers);
+    fill_levels(random, g.data(), out, false);
+    layer.x = reinterpret_cast<const float*>(x.data());
+    layer.w = reinterpret_cast<const float*>(w.data());
+    layer.g = gradient ? reinterpret_cast<const float*>(g.data()) : nullptr;
+    const std::size_t bytes = 4 * (gradient ? in : out);
+    std::unique_ptr<Guarded> expected;
+    for (const AdderIsa isa : {AdderIsa::reference, AdderIsa::avx2, AdderIsa::avx512}) {
+        if (!available(isa)) continue;
+        layer.isa = name_of(isa);
+        for (layer.threads = 1; layer.threads <= 4; ++layer.threads) {
+            auto y = std::make_unique<Guarded>(bytes, after);
+            std::memset(y->data(), 0x55, bytes);
+            layer.y = reinterpret_cast<float*>(y->data());
+            const std::int32_t status = bitsmith_adder_run(&layer);
+            if (!status && !expected) {
+                expected = std::move(y);
+            } else if (status || std::memcmp(y->data(), expected->data(), bytes)) {
+                std::printf("case %d: %s differs from the reference (status %d): %s, %td -> %td channels in %td groups, "
+                            "kernel %td x %td, strides %td, %td, map %td x %td, %d threads\n",
+                            number, layer.isa, status, gradient ? "gradient" : "distances", layer.channels, layer.filters,
+                            layer.groups, layer.kernel[0], layer.kernel[1], layer.stride[0], layer.stride[1], layer.height,
+                            layer.width, layer.threads);
+                return false;
+            }
+        }
+    }
+    return true;
+}
+
 }  // namespace
 
 int main(int count, char** words) {
@@ -230,6 +299,8 @@ int main(int count, char** words) {
     std::printf("\n%d cases of signs, %d differ; instruction sets:", cases, wrong);
     for (const BinaryIsa isa : {BinaryIsa::avx512_vpopcntdq, BinaryIsa::avx2, BinaryIsa::reference})
         if (available(isa)) std::printf(" %s", name_of(isa));
-    std::printf("\n");
-    return bad + wrong != 0;
+    int far = 0;
+    for (int i = 0; i < cases; ++i) far += !one_case_of_distances(random, i);
+    std::printf("\n%d cases of distances, %d differ; instruction sets: %s\n", cases, far, bitsmith_adder_isas());
+    return bad + wrong + far != 0;
 }

@@ -99,6 +99,17 @@ def test_against_the_sums_written_out(
     assert all(np.array_equal(pulled[0], other) for other in pulled[1:])
 
 
+@pytest.mark.parametrize("size", [3, 5, 9])  # maps of less than a tile of 32 and of more
+def test_the_gradient_is_the_same_with_any_number_of_threads(size: int) -> None:
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(5, 3, size, size)), rng.normal(size=(7, 3, 3, 3))
+    layer = AdderLayer(pads=(1, 1, 1, 1))
+    g = rng.normal(size=(5, 7, size, size)).astype(np.float32)
+    found = [layer.input_gradient(x.astype(np.float32), w.astype(np.float32), g, threads=n) for n in (1, 2, 3)]
+    assert np.array_equal(found[0], found[1])
+    assert np.array_equal(found[0], found[2])
+
+
 @pytest.mark.parametrize("isa", adder_isas())
 def test_what_is_not_a_number_stays_so(isa: str) -> None:
     layer = AdderLayer(isa=isa)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The kernel tests under the address, undefined-behaviour and thread sanitizers and under valgrind.
+# The kernel tests (integers, signs and distances, in the driver and in Python) under the address, undefined-behaviour and thread sanitizers and under valgrind.
 # Needs cmake, ninja, gcc or clang, valgrind, and a Python environment with pytest and hypothesis (PYTHON, default
 # python3). Valgrind knows no AVX-512 and no AVX-VNNI: the instruction sets it reports are AVX2 and the reference.
 set -euo pipefail

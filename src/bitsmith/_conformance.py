@@ -20,11 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .bench import suffix
-from .model.apply import computer_of
+from .model.apply import additions_of, apply, computer_of
+from .model.keys import encode_key
+from .model.network import network
+from .numerics.ranges import qparams
 from .operations import ACTIVATIONS, OPERATIONS
+from .plan import Plan
 from .site import Format, Learn, Range
 from .targets.base import Artifact, ArtifactError, Realised, Target, example_arrays
-from .technique import Technique
+from .technique import Cell, Technique
+from .techniques.int_ import Int
 
 
 class ConformanceError(AssertionError):
@@ -328,6 +333,48 @@ def same_snapshot(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
         and before["modes"] == after["modes"]
         and before["trained"] == after["trained"]
     )
+
+
+# -- ranges ------------------------------------------------------------------------------------------------------------
+
+
+def check_ranges(technique: Technique) -> None:
+    """Of two linear layers: ranges behind the technique are those of the network that it says, the float one or its
+    own; and what it reads itself has the range that it asks for, behind a float layer or a quantized one."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(13)
+        model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).eval(), torch.randn(16, 8)
+    first, second = network(model, x).record.sites.values()
+    data = [(x, None)]
+
+    def expect_range(before: Technique, at: Technique, runs: bool, fmt: Format) -> None:
+        with torch.no_grad():
+            seen = _first_of(apply(model, Plan({"0": before}), data) if runs else model, x)
+        found = additions_of(apply(model, Plan({"0": before, "1": at}), data)).cells[encode_key("1")]
+        assert isinstance(found, Cell)
+        quantizer = found.quantizers[0]
+        wanted = qparams(float(seen.min()), float(seen.max()), fmt)[0]
+        got = None if quantizer is None else float(quantizer.scale)
+        which = "planned" if runs else "float"
+        expect(
+            got is not None and abs(got - wanted) <= 0.01 * wanted,
+            f"{at!r} behind {before!r} has the step {got}; of the {which} network it is {wanted}",
+        )
+
+    if technique.fits(first):
+        expect_range(technique, Int(8, 8), not technique.keeps_function(), Format(8))
+    fmt = technique.reads(second)[0] if technique.fits(second) else None
+    if fmt is not None and fmt.range == Range() and fmt.learn is None:
+        expect_range(Int(4, 4), technique, technique.wants(second).after_quantized, fmt)
+
+
+def _first_of(net: nn.Module, x: Tensor) -> Tensor:
+    """What the first of the layers gives."""
+    made: list[Tensor] = []
+    handle = net.get_submodule("0").register_forward_hook(lambda _, __, output: made.append(output.detach().clone()))
+    net(x)
+    handle.remove()
+    return made[0]
 
 
 # -- targets -----------------------------------------------------------------------------------------------------------

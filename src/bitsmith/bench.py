@@ -29,6 +29,7 @@ from .model.apply import build, prepared
 from .model.calibrate import calibrate
 from .model.formats import Read, place
 from .model.network import Network, duplicate, network, warn_unreached
+from .model.stages import moved
 from .numerics.statistics import TensorStatistics
 from .plan import Plan
 from .progress import Progress, Silent
@@ -194,16 +195,23 @@ class Bench:
 
     def simulate(self, plan: Plan) -> nn.Module:
         """The applied network of an adapted plan."""
-        placement = place(plan, self.net.record)
-        self.ranges(list(placement.tensors), placement.observers.items())
+        net = self.observed(plan)
         if not plan.prepare:
-            return build(self.net, plan, self.task.calibration, seed=self.seed)
+            return build(net, plan, self.task.calibration, seed=self.seed)
         key = plan.digest()
-        ready = self._ready.pop(key, None) or prepared(self.net, plan, self.task.calibration)
+        ready = self._ready.pop(key, None) or prepared(net, plan, self.task.calibration)
         self._ready[key] = ready  # the last one used is the last one
         if len(self._ready) > _READY:
             del self._ready[next(iter(self._ready))]
-        return build(self.net, plan, self.task.calibration, seed=self.seed, ready=ready)
+        return build(net, plan, self.task.calibration, seed=self.seed, ready=ready)
+
+    def observed(self, plan: Plan) -> Network:
+        """The network with what an adapted plan needs of the float network's statistics, and without those that it
+        needs of another."""
+        placement, elsewhere = place(plan, self.net.record), moved(plan, self.net.record)
+        formats = [found for found in placement.tensors if found[0] not in elsewhere]
+        self.ranges(formats, [found for found in placement.observers.items() if found not in elsewhere])
+        return self.net.without(elsewhere) if elsewhere else self.net
 
     def score(self, plan: Plan | None, split: Split = "validation") -> Score:
         """The metric of an adapted plan, or of the float model (None, or a plan that changes nothing)."""

@@ -260,9 +260,9 @@ class DecisionsAhead:
         statistics: dict[Any, Any] = {}
         if not plan.prepare:  # a prepared network has ranges of its own
             placement = place(plan, bench.net.record)
-            bench.ranges(list(placement.tensors), placement.observers.items())
+            have = bench.observed(plan).record.statistics
             keys = (*(tensor for tensor, _ in placement.tensors), *placement.observers.items())
-            statistics = {key: bench.net.record.statistics[key] for key in keys}
+            statistics = {key: have[key] for key in keys if key in have}
         if self._recipe is None:
             self._recipe = recipe_of(bench)
         given = plan, limit, chance, known, gradual.reference.to_json(), bench.data_key("validation")

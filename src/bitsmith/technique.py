@@ -56,7 +56,8 @@ class Wants:
     """What a technique needs to see before it can be built.
 
     ``gram``: the Gram matrix of each operand's last (or channel) axis. ``samples``: how many raw inputs to keep.
-    ``after_quantized``: collected after the sites before it run under their own techniques.
+    ``after_quantized``: all that is collected for the site, ranges included, is seen behind sites that run under their
+    own techniques. That takes further passes over the data, one for each link of a chain of such sites.
     ``observers``: by operand, what to collect of the float tensor there, or None; the record that ``build`` gets has it
     in ``statistics[(site name, operand), observer]``.
     Ranges and histograms follow from the formats it reads and writes.
@@ -115,6 +116,11 @@ class Technique(ABC):
     def form(self, site: Site) -> str:
         """``dialect`` (quantized reference operations), ``float``, or an opaque ``torch.library`` operation's name."""
         return "float"
+
+    def keeps_function(self) -> bool:
+        """Whether it computes about what the operation computes before any training: ranges of tensors behind it may
+        then be those of the float network. Where it does not, they are collected with it in place."""
+        return True
 
     def compact(self) -> bool:
         """Whether its weights are many zeros or few different values, which files store packed."""

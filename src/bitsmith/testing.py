@@ -24,6 +24,7 @@ from ._conformance import (
     Failures,
     cases,
     check_files,
+    check_ranges,
     expect,
     residual,
     same_snapshot,
@@ -288,7 +289,8 @@ def check_technique(technique: Technique, *, kinds: Iterable[str] | None = None,
 
     On tiny one-site models it checks that the user's model stays bitwise the same, shapes, dtypes and finite values,
     equal seeds, ``deepcopy``, state dict and plan file round trips, gradients, devices, that an exported program
-    computes the same, and that ``fits``, ``reads``, ``bits`` and ``cite`` keep their contracts. ``kinds``: only these
+    computes the same, and that ``fits``, ``reads``, ``bits`` and ``cite`` keep their contracts; and with linear layers
+    before and behind it that ranges are collected on the network that it asks for. ``kinds``: only these
     operations. Another setting may refuse the data (``ValueError`` with a reason). Raises :class:`ConformanceError`,
     which lists all that failed.
 
@@ -349,6 +351,9 @@ def _check_value(failures: Failures, technique: Technique) -> None:
         text = technique.cite()
         expect(isinstance(text, str) and text.strip(), "must name the source")
         expect(not text.startswith(f"{kind.__name__}("), "the class has no docstring; its first line names the paper")
+    with failures.check("ranges behind it and before it"):
+        expect(isinstance(technique.keeps_function(), bool), "keeps_function: must be True or False")
+        check_ranges(technique)
     with failures.check("plan file round trip"), tempfile.TemporaryDirectory() as folder:
         plan = Plan({"site": technique})
         path = plan.save(Path(folder) / "plan.json")
@@ -435,7 +440,9 @@ def _check_answers(technique: Technique, site: Site) -> None:
         expect(fmt is None or (operand.floating and not operand.constant), f"reads: a format for {operand.argument!r}")
     written = technique.writes(site)
     expect(written is None or isinstance(written, Format), f"writes: {written!r} is not a Format or None")
-    expect(isinstance(technique.wants(site), Wants), "wants: must be a Wants")
+    wants = technique.wants(site)
+    expect(isinstance(wants, Wants), "wants: must be a Wants")
+    expect(len(wants.observers) <= len(site.operands), f"wants: {len(wants.observers)} observers of {site.kind!r}")
     bits = technique.bits(site)
     expect(isinstance(bits, (int, float)) and math.isfinite(bits) and bits >= 0, f"bits: {bits!r}")
     expect(site.weight is None or bits > 0, "bits: 0 for a site with a weight")

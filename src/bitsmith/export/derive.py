@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..model.formats import place
 from ..model.keys import tensor_key
+from ..model.stages import moved
 from ..plan import Plan
 from ..site import Format, Record
 from ..technique import Technique
@@ -94,7 +95,7 @@ def parts(plan: Plan, full_plans: Sequence[Plan], record: Record) -> tuple[int, 
 
 
 def _derivable(plan: Plan, record: Record) -> bool:
-    if plan.prepare:
+    if plan.prepare or moved(plan, record):  # or ranges of a site depend on what the plan has at others
         return False
     for name, technique in plan.sites.items():
         site = record.site(name)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from .intercept import CHILD, InterceptionError, instrument
 from .keys import encode_key, tensor_key
 from .network import Forward, Network, duplicate, network
 from .replay import Call, Names
+from .stages import running, stages
 
 
 class Additions(nn.Module):
@@ -225,24 +228,60 @@ def build(
     if plan.prepare:
         net = ready or prepared(net, plan, calibration)
         plan.check(net.record)  # a step may have removed channels
-    placement = place(plan, net.record)
-    statistics = calibrate(net, placement.wanted, calibration, progress) if placement.wanted else {}
-    record = net.with_statistics(statistics).record
-    replica = duplicate(net.model)
-    additions = Additions()
     generator = torch.Generator().manual_seed(seed)
+    net, cells = _collected(net, plan, calibration, generator, progress)
+    _build_cells(cells, plan, plan.sites, net.record, generator)
+    replica, additions = _assembled(net, plan, place(plan, net.record), cells)
+    freeze_unread(replica, net.record, {name: [additions.cells[encode_key(name)]] for name in net.record.sites})
+    return replica
+
+
+def calibrated(net: Network, plan: Plan, calibration: Any, *, seed: int = 0) -> Network:
+    """The network with the statistics that the plan needs, as :func:`build` collects them; its steps are not run."""
+    return _collected(net, plan, calibration, torch.Generator().manual_seed(seed), None)[0]
+
+
+def _collected(
+    net: Network, plan: Plan, data: Any, generator: torch.Generator, progress: Callable[[int], None] | None
+) -> tuple[Network, dict[str, Cell]]:
+    """The network with all statistics, and the cells that had to be built for it."""
+    cells: dict[str, Cell] = {}
+    for stage in stages(plan, net.record):
+        _build_cells(cells, plan, stage.active, net.record, generator)
+        run = functools.partial(_in_part, net, plan, stage.active, cells) if stage.active else None
+        net = net.with_statistics(calibrate(net, stage.wanted, data, progress, run))
+    return net, cells
+
+
+def _in_part(net: Network, plan: Plan, active: frozenset[str], cells: Mapping[str, Cell]) -> nn.Module:
+    """The network with the plan at some sites: copies of their cells, that nothing is left in those from this pass."""
+    part, placement = running(plan, net.record, active, net.record.statistics.keys())
+    return _assembled(net, part, placement, {name: copy.deepcopy(cells[name]) for name in active})[0]
+
+
+def _build_cells(
+    cells: dict[str, Cell], plan: Plan, names: Collection[str], record: Record, generator: torch.Generator
+) -> None:
+    """The cells of these sites that are not built yet, in execution order."""
+    for site in record.sites.values():
+        if site.name in names and site.name not in cells:
+            cells[site.name] = plan[site.name].build(site, record, generator)
+
+
+def _assembled(
+    net: Network, plan: Plan, placement: Placement, cells: Mapping[str, nn.Module]
+) -> tuple[nn.Module, Additions]:
+    """A copy of the model that computes the plan with these cells, and what was added to it."""
+    record, replica, additions = net.record, duplicate(net.model), Additions()
     for tensor, fmt in placement.tensors:
         additions.tensors[tensor_key(tensor, fmt)] = quantizer(record, tensor, fmt)
-    for site in record.sites.values():
-        technique = plan.get(site.name)
-        cell: nn.Module = technique.build(site, record, generator) if technique is not None else AsItWas()
-        additions.cells[encode_key(site.name)] = cell
+    for name in record.sites:
+        additions.cells[encode_key(name)] = cells[name] if name in plan.sites else AsItWas()
     for name in plan.sites:
         attach(additions.cells[encode_key(name)], record.sites[name], placement, additions, replica)
     instrument(replica, wired(net, plan, additions, placement, replica), net.modules)
     replica.add_module(CHILD, additions.train(replica.training))
-    freeze_unread(replica, record, {name: [additions.cells[encode_key(name)]] for name in record.sites})
-    return replica
+    return replica, additions
 
 
 def wired(net: Network, plan: Plan, additions: Additions, placement: Placement, replica: nn.Module) -> _Computer:

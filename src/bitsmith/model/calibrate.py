@@ -24,13 +24,17 @@ class CalibrationError(ValueError):
 
 
 class _Observer(Names):
-    """The handler that feeds statistics while the float network runs."""
+    """The handler that feeds statistics while the float network runs, or what ``inner`` makes of it."""
 
     def __init__(
-        self, net: Network, wanted: Mapping[str, TensorStatistics], observed: Mapping[tuple[Read, Observer], Statistic]
+        self,
+        net: Network,
+        wanted: Mapping[str, TensorStatistics],
+        observed: Mapping[tuple[Read, Observer], Statistic],
+        inner: Names | None = None,
     ) -> None:
         super().__init__(net)
-        record = net.record
+        record, self.inner = net.record, inner
         self.observed: dict[str, list[tuple[int, Statistic]]] = {}
         for ((site_name, index), _), statistic in observed.items():
             self.observed.setdefault(site_name, []).append((index, statistic))
@@ -52,13 +56,19 @@ class _Observer(Names):
                     else:
                         continue
                     break
-        self.watch({*self.reads, *self.writes, *self.observed})
+        self.busy = frozenset() if inner is None else inner.watched
+        self.watch({*self.reads, *self.writes, *self.observed, *self.busy})
+
+    def begin(self, inputs: Mapping[str, Any]) -> None:
+        if self.inner is not None:
+            self.inner.begin(inputs)
 
     def compute(self, name: str, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if name in self.reads or name in self.observed:
             operands, _ = call.operation.split(args, kwargs)
             self._read(name, [t for t in operands if isinstance(t, Tensor)])
-        output = call.run(*args, **kwargs)
+        inner = self.inner if name in self.busy else None
+        output = call.run(*args, **kwargs) if inner is None else inner.compute(name, call, args, kwargs)
         self._made(name, output)
         return output
 
@@ -66,7 +76,8 @@ class _Observer(Names):
         self, name: str, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         self._read(name, [*tensors(args), *tensors(dict(kwargs))])
-        output = inner(*args, **kwargs)
+        within = self.inner if name in self.busy else None
+        output = inner(*args, **kwargs) if within is None else within.compute_module(name, inner, args, kwargs)
         self._made(name, output)
         return output
 
@@ -98,8 +109,11 @@ def calibrate(
     wanted: Iterable[tuple[str, Format] | tuple[Read, Observer]],
     data: Any,
     progress: Callable[[int], None] | None = None,
+    running: Callable[[], nn.Module] | None = None,
 ) -> dict[Any, Any]:
     """Statistics of each wanted tensor over ``data`` (items ``(inputs, target)``), in eval mode, without gradients.
+
+    ``running``: gives an instrumented network to watch in place of the float one; asked only if anything is missing.
 
     By tensor name for (tensor, format); by ((site, operand), observer) for what a technique's observer collects there.
     Memory does not grow with the number of samples. Statistics that the record already holds are kept and only the
@@ -119,8 +133,13 @@ def calibrate(
     if not needed and not observed:
         return known
     fresh = {tensor: TensorStatistics(histogram=histogram) for tensor, histogram in needed.items()}
-    replica = duplicate(net.model).eval()
-    instrument(replica, _Observer(net, fresh, observed), net.modules)
+    if running is None:
+        replica = duplicate(net.model).eval()
+        instrument(replica, _Observer(net, fresh, observed), net.modules)
+    else:
+        replica = running().eval()
+        interceptor = replica.__dict__["_interceptor"]
+        interceptor.handler = _Observer(net, fresh, observed, interceptor.handler)
     with torch.no_grad():
         for done, (inputs, _) in enumerate(items(data, "calibration"), start=1):
             call(replica, inputs, net.forward)

@@ -72,3 +72,16 @@ def place(plan: Plan, record: Record) -> Placement:
         for key, fmt in readers.items()
     }
     return Placement(reads, writes, observers)
+
+
+def at_reads(plan: Plan, record: Record) -> Placement:
+    """Every reader quantizes for itself, so that others see the tensor as it was; the values are those of
+    :func:`place`, as rounding twice is rounding once. A technique's own output format stays at the write."""
+    found = place(plan, record)
+    sites = [record.sites[name] for name, technique in plan.sites.items() if technique.writes(record.sites[name])]
+    own = {site.tail for site in sites}
+    return Placement(
+        {key: (tensor, fmt, True) for key, (tensor, fmt, _) in found.reads.items()},
+        {key: pair for key, pair in found.writes.items() if pair[0] in own},
+        found.observers,
+    )

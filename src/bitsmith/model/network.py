@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -54,6 +54,10 @@ class Network:
 
     def with_statistics(self, statistics: Mapping[str, Any]) -> Network:
         return replace(self, record=replace(self.record, statistics=statistics))
+
+    def without(self, keys: Set[Any]) -> Network:
+        """The same network without some of the statistics that it has."""
+        return self.with_statistics({key: found for key, found in self.record.statistics.items() if key not in keys})
 
 
 def network(

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from ..data import device_of
 from ..numerics.quantizer import Quantizer
 from ..plan import Plan
-from ..site import Record, Site
+from ..site import Site
 from ..technique import Cell, Technique
 from .apply import Additions, AsItWas, absorbed, attach, freeze_unread, quantizer, wired
 from .calibrate import calibrate, check_weights
 from .flow import replaced, tensors
-from .formats import Placement, place
+from .formats import Placement, at_reads, place
 from .intercept import CHILD, instrument
 from .keys import encode_key, tensor_key
 from .network import Network, duplicate
@@ -43,7 +43,7 @@ class SuperNetwork:
         plans = [
             Plan({name: choices[k] for name, choices in options.items() if k < len(choices)}) for k in range(longest)
         ]
-        placements = [_at_reads(plan, net.record) for plan in plans]
+        placements = [at_reads(plan, net.record) for plan in plans]
         wanted = dict.fromkeys(what for placement in placements for what in placement.wanted)
         known = calibrate(net, wanted, calibration) if wanted else {}
         self.net = net.with_statistics(known)
@@ -87,7 +87,7 @@ class SuperNetwork:
         them for the gradient, so that nothing is kept but its difference from y.
         """
         self._install(plan, others or {})
-        self._wire(plan, _at_reads(plan, self.record))
+        self._wire(plan, at_reads(plan, self.record))
 
     def finish(self, plan: Plan) -> nn.Module:
         """The network under ``plan`` as ``apply`` makes it, with what was trained; the other cells are let go."""
@@ -163,16 +163,3 @@ class _Pair(Cell):
         return F.batch_norm(
             *(output, module.running_mean, module.running_var, module.weight, module.bias), False, 0.0, module.eps
         )
-
-
-def _at_reads(plan: Plan, record: Record) -> Placement:
-    """Every reader quantizes for itself, so that another cell at the site can read the tensor as it was; the values are
-    those of :func:`place`, as rounding twice is rounding once. A technique's own output format stays at the write."""
-    found = place(plan, record)
-    sites = [record.sites[name] for name, technique in plan.sites.items() if technique.writes(record.sites[name])]
-    own = {site.tail for site in sites}
-    return Placement(
-        {key: (tensor, fmt, True) for key, (tensor, fmt, _) in found.reads.items()},
-        {key: pair for key, pair in found.writes.items() if pair[0] in own},
-        found.observers,
-    )

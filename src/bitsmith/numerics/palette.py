@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -66,30 +68,48 @@ def soft(values: Tensor, codebook: Tensor, temperature: float, iterations: int =
     """Differentiable k-means (Cho et al. 2022, arXiv:2108.12659, section 3): (soft weights, values of the palette).
 
     Attention ``a = softmax(-|w - c| / tau)``, ``c <- sum a w / sum a``, repeated; the weights are ``a c``. ``tau`` is
-    ``temperature`` times the mean distance of neighbouring values, so that it means the same at any scale. Shapes as
-    in :func:`nearest`. The gradient goes through the last iteration only; the paper's through all, which keeps
-    (n x k) numbers for each.
+    ``temperature`` times the mean distance of neighbouring values of ``codebook``, so that it means the same at any
+    scale. Shapes as in :func:`nearest`. The gradient by ``values`` goes through all ``iterations``, as in the paper;
+    all but the last are computed again for it, so that the (rows x n x k) numbers of no more than one are held.
     """
+    spacing = codebook.detach()
+    gap = (spacing.amax(1) - spacing.amin(1)) / max(codebook.shape[1] - 1, 1)
+    tau = (temperature * gap).clamp_min(torch.finfo(values.dtype).tiny)[:, None, None]
     centres = codebook
-    with torch.no_grad():
-        for _ in range(iterations - 1):
-            centres = _attended(values, _attention(values, centres, temperature), centres)
-    attention = _attention(values, centres, temperature)
+    for _ in range(iterations - 1):
+        centres = _Moved.apply(values, centres, tau)  # type: ignore[no-untyped-call]
+    attention = _attention(values, centres, tau)
     centres = _attended(values, attention, centres)
     return torch.einsum("rnk,rk->rn", attention, centres), centres
 
 
-def _attention(values: Tensor, centres: Tensor, temperature: float) -> Tensor:
-    centres = centres.detach()
-    gap = (centres.amax(1) - centres.amin(1)) / max(centres.shape[1] - 1, 1)
-    tau = (temperature * gap).clamp_min(torch.finfo(values.dtype).tiny)[:, None, None]
+class _Moved(torch.autograd.Function):
+    """One iteration, of which only its operands are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, centres: Tensor, tau: Tensor) -> Tensor:
+        ctx.save_for_backward(values, centres, tau)
+        return _attended(values, _attention(values, centres, tau), centres)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, given: Tensor) -> tuple[Tensor, Tensor, None]:
+        values, centres, tau = ctx.saved_tensors
+        with torch.enable_grad():
+            seen, before = values.detach().requires_grad_(), centres.detach().requires_grad_()
+            after = _attended(seen, _attention(seen, before, tau), before)
+        by_values, by_centres = torch.autograd.grad(after, (seen, before), given)
+        return by_values, by_centres, None
+
+
+def _attention(values: Tensor, centres: Tensor, tau: Tensor) -> Tensor:
     return torch.softmax(-(values[:, :, None] - centres[:, None]).abs() / tau, dim=2)
 
 
 def _attended(values: Tensor, attention: Tensor, centres: Tensor) -> Tensor:
     total = attention.sum(1)
     means = torch.einsum("rnk,rn->rk", attention, values) / total.clamp_min(1e-12)
-    return torch.where(total > 1e-12, means, centres.detach())
+    return torch.where(total > 1e-12, means, centres)
 
 
 def _ordered(values: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import batch_size, call, items
-from ..model.apply import additions_of, build
-from ..model.calibrate import calibrate
-from ..model.formats import place
+from ..model.apply import additions_of, build, calibrated
 from ..model.intercept import instrument
 from ..model.keys import encode_key
 from ..model.network import Network, duplicate
@@ -106,8 +104,8 @@ def round_weights(
     samples, and twice ``rows`` x inputs of a layer. Time: one forward of each, plus ``solve``.
     """
     # ranges stay those that the weights are rounded for: what ran here is what is built afterwards
-    statistics = calibrate(net, place(plan, net.record).wanted, data)
-    net = net.with_statistics(statistics)
+    net = calibrated(net, plan, data)
+    statistics = net.record.statistics
     simulated = build(net, plan, data)
     found = dict(_matrices(net, plan, simulated))
     if not found:

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..data import call
-from ..model.apply import build
-from ..model.calibrate import calibrate
+from ..model.apply import build, calibrated
 from ..model.flow import tensors
-from ..model.formats import place
 from ..model.network import Network, duplicate
 from ..numerics.weights import folded_affine
 from ..plan import Plan
@@ -67,8 +65,8 @@ class CorrectBias(Step):
         places = _places(net, plan)
         if not places:
             return net
-        statistics = calibrate(net, place(plan, net.record).wanted, data)
-        net = net.with_statistics(statistics)
+        net = calibrated(net, plan, data)
+        statistics = net.record.statistics
         model, simulation = duplicate(net.model), build(net, plan, data).eval()
         for name, shift in _shifts(net, simulation, data, places, self.samples).items():
             _add(model, places[name], shift)

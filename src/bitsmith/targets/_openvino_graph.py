@@ -107,13 +107,14 @@ class Owners:
         """The site that a layer computes; "" for none. The plugin's passes put a suffix behind what they replace."""
         return self.by_layer.get(layer) or self.by_layer.get(_REPLACED.sub("", layer), "")
 
-    def sites(self, node: Node) -> list[str]:
-        """The sites that a node computes, the one it is the kernel of first."""
+    def sites(self, node: Node, products: Collection[str] = ()) -> list[str]:
+        """The sites that a node computes, the one it is the kernel of first. ``products``: see :func:`products`."""
         if node.kind in _IDLE:
             return []
         earlier: set[str] = set()
         if node.kind in _CONVERTING:  # it bears the name of an earlier node's operation, whose result it dequantizes
             earlier = {layer.partition(_DEQUANTIZED)[0] for layer in node.layers if _DEQUANTIZED in layer}
+            earlier -= set(products)
         found = [self.site(layer) for layer in node.layers if layer not in earlier]
         return list(dict.fromkeys(filter(None, found)))
 
@@ -138,6 +139,33 @@ class Owners:
         return ""
 
 
+def products(nodes: Iterable[Node]) -> dict[str, frozenset[str]]:
+    """By node that is no kernel of one layer: the layers whose integers it multiplies itself, all others left out.
+
+    The plugin compiles a chain of linear layers into one subgraph. Such a node reads the stored integers, and holds the
+    product together with what dequantizes it; one that only dequantizes reads no small constant.
+    """
+    graph = {node.name: node for node in nodes}
+    found = {}
+    done: set[str] = set()
+    for node in graph.values():
+        if node.kind in _IDLE:
+            continue
+        if node.kind in _CONVERTING and any(_stored(name, graph) for name in node.sources):
+            before = {layer.partition(_DEQUANTIZED)[0] for layer in node.layers if _DEQUANTIZED in layer}
+            found[node.name] = frozenset(before & set(node.layers)) - done
+        done |= {*node.layers, *(_REPLACED.sub("", layer) for layer in node.layers)}
+    return {name: layers for name, layers in found.items() if layers}
+
+
+def _stored(name: str, graph: Mapping[str, Node]) -> bool:
+    """Whether it is a constant of small integers, in whatever layout."""
+    node = graph.get(name)
+    while node is not None and node.kind in ("Reorder", "Transpose", "Reshape") and node.sources:
+        node = graph.get(node.sources[0])
+    return node is not None and node.kind in ("Const", "Input") and set(node.outputs) <= _SMALL and not node.sources
+
+
 def realised(
     owners: Owners,
     sites: Iterable[str],
@@ -149,22 +177,37 @@ def realised(
     layers of the exported file that are our operations on signs."""
     computes: dict[str, list[Node]] = {}
     absorbed: dict[str, Node] = {}
+    chained: dict[str, str] = {}
+    nodes, small = list(nodes), frozenset(compressed)
+    multiplied = products(nodes)
     for node in nodes:
-        for k, site in enumerate(owners.sites(node)):
+        own = multiplied.get(node.name, frozenset())
+        # some sums of a chain are rounded again at once and dequantized nowhere: all its stored integers are multiplied
+        together = [site for site in owners.sites(node, own) if site in small] if own else []
+        for site in together:
+            others = " and ".join(other for other in together if other != site)
+            rest = f", one kernel with {others}" if others else ""
+            chained[site] = (
+                f"in {node.kind} {node.name} ({node.kernel}){rest}: multiplies stored integers and dequantizes sums"
+            )
+        for k, site in enumerate(owners.sites(node, own)):
             if k:
                 absorbed.setdefault(site, node)
             else:
                 computes.setdefault(site, []).append(node)
-    small = frozenset(compressed)
     found = {}
     for site in sites:
         if site not in owners.by_layer.values():
             found[site] = Realised("folded", "no operation of its own in the file: folded into a neighbour")
+        elif site in chained:
+            found[site] = Realised("int8", chained[site])
         elif site in computes:
             signs = [node for node in computes[site] if set(node.layers) & set(one_bit)]
             found[site] = _signed(computes[site], signs) if signs else _precision(computes[site], site in small)
         elif site in absorbed:
-            found[site] = Realised("folded", f"into {absorbed[site].kind} {absorbed[site].name}")
+            found[site] = Realised(
+                "folded", f"into {absorbed[site].kind} {absorbed[site].name} ({absorbed[site].kernel})"
+            )
         else:
             found[site] = Realised(
                 "removed", "the runtime computes nothing for it: folded into constants or conversions"

@@ -45,7 +45,16 @@ from ._cpu import (
     timings,
     values_of,
 )
-from ._openvino_graph import XOR_POPCOUNT, Owners, check_precision, compressed_sites, executed, realised, unfuse
+from ._openvino_graph import (
+    XOR_POPCOUNT,
+    Owners,
+    check_precision,
+    compressed_sites,
+    executed,
+    products,
+    realised,
+    unfuse,
+)
 from ._openvino_kernels import ONE_BIT
 from .base import Array, Artifact, ArtifactError, Realised, SiteTimes, Source, Target, TargetError, Timing
 
@@ -285,6 +294,7 @@ class OpenVino(Target):
         """ms per run of each ("site", name), ("conversion", tensor) and ("other", "")."""
         compiled = self._open(artifact.path, counters=True)
         graph = {node.name: node for node in executed(compiled)}
+        multiplied = products(graph.values())
         request = _request(compiled, artifact)
         totals: list[dict[str, float]] = []
         for runs in (2, rounds):
@@ -302,7 +312,7 @@ class OpenVino(Target):
         times: dict[tuple[str, str], float] = {}
         for name, total in totals[1].items():
             node = graph.get(name)
-            owner = owners.sites(node) if node is not None else []
+            owner = owners.sites(node, multiplied.get(name, ())) if node is not None else []
             tensor = owners.tensor(node, graph) if node is not None and not owner else ""
             key = ("site", owner[0]) if owner else ("conversion", tensor) if tensor else ("other", "")
             times[key] = times.get(key, 0.0) + max(0.0, total - totals[0].get(name, 0.0)) / rounds

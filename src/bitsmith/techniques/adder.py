@@ -81,6 +81,9 @@ class Adder(Technique):
             return super().bits(site)
         return float(weight.numel * self.precision + 32 * (1 if self.scales == "shared" else 2))
 
+    def keeps_function(self) -> bool:
+        return False
+
     def operations(self, site: Site) -> Mapping[str, float]:
         """A difference and a sum for each multiply-accumulate that there was."""
         return {"subtract": site.macs, "add": site.macs}

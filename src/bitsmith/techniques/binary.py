@@ -93,6 +93,10 @@ class Binary(Technique):
             )
         return True
 
+    def keeps_function(self) -> bool:
+        """Signs without a scale, of weights or of inputs, are of another size than what they stand for."""
+        return self.scaling != "none" and not self.activations
+
     def form(self, site: Site) -> str:
         """``dialect``: weights are stored as integers, and a sign is a comparison."""
         return "dialect"

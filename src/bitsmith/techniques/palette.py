@@ -151,7 +151,7 @@ class _Palette(Weights):
         values = weight if self.inner is None else self.inner(weight)
         rows = (values if scale is None else values / scale).reshape(len(self.codebook), -1)
         if self.soft and self.training:
-            found, centres = soft(rows.float(), self.codebook, self.temperature)
+            found, centres = soft(rows.float(), self.codebook.clone(), self.temperature)
             self.codebook.copy_(centres.detach().sort(dim=1).values)
         else:
             codebook = self.codebook if scale is None else self.codebook.round()
