@@ -351,7 +351,7 @@ def without_values(plan: Plan) -> Plan:
 
 def suffix(target: Target) -> str:
     """The file suffix of a target's artifacts."""
-    return ".xml" if target.name == "openvino" else ".onnx"
+    return {"openvino": ".xml", "coreml": ".mlpackage"}.get(target.name, ".onnx")
 
 
 @functools.cache
