@@ -190,12 +190,32 @@ EXPRESSIONS: dict[str, Any] = {
 def conv(given: dict[str, Any]) -> Tensor:
     x, pad = given["x"], [int(p) for p in given.get("pad", [0, 0, 0, 0])]
     if given["pad_type"] == "custom":
-        x = F.pad(x, [p for axis in reversed(range(len(pad) // 2)) for p in pad[2 * axis : 2 * axis + 2]])
+        x = padded(x, pad)
     else:
         assert given["pad_type"] == "valid"
     stride, dilation = (tuple(int(v) for v in given[key]) for key in ("strides", "dilations"))
     function = F.conv1d if x.dim() == 3 else F.conv2d
     return function(x, given["weight"], given.get("bias"), stride, 0, dilation, int(given["groups"]))  # type: ignore[arg-type]
+
+
+def padded(x: Tensor, pad: Any) -> Tensor:
+    """``pad``: before and after, of each of the last axes in order."""
+    pairs = [[int(pad[k]), int(pad[k + 1])] for k in range(0, len(pad), 2)]
+    return F.pad(x, [size for pair in reversed(pairs) for size in pair])
+
+
+def sliced(given: dict[str, Any]) -> Tensor:
+    x, rank = given["x"], given["x"].dim()
+    masks = {key: given.get(key, [False] * rank) for key in ("begin_mask", "end_mask", "squeeze_mask")}
+    assert not any(masks["squeeze_mask"])
+    steps = given.get("stride", [1] * rank)
+    parts = []
+    for k in range(rank):
+        begin = None if masks["begin_mask"][k] else int(given["begin"][k])
+        end = None if masks["end_mask"][k] else int(given["end"][k])
+        parts.append(slice(begin, end, int(steps[k])))
+    found: Tensor = x[tuple(parts)]
+    return found
 
 
 def pool(given: dict[str, Any]) -> Tensor:
@@ -213,6 +233,9 @@ COMPUTES: dict[str, Any] = {
     "conv": conv,
     "batch_norm": norm,
     "avg_pool": pool,
+    "pad": lambda given: padded(given["x"], given["pad"]),
+    "slice_by_index": sliced,
+    "concat": lambda given: torch.cat(given["values"], int(given["axis"])),
     "relu": lambda given: torch.relu(given["x"]),
     "add": lambda given: given["x"] + given["y"],
     "mul": lambda given: given["x"] * given["y"],

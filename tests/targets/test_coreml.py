@@ -22,7 +22,7 @@ from bitsmith.export.program import ExportError
 from bitsmith.model.apply import additions_of
 from bitsmith.model.keys import encode_key
 from bitsmith.model.network import network
-from bitsmith.targets import Artifact, ArtifactError, CoreMl, OnnxRuntime, TargetError
+from bitsmith.targets import Artifact, ArtifactError, CoreMl, TargetError
 from bitsmith.targets._coreml_weights import Form, needed, packed, smallest
 from bitsmith.technique import Technique
 from bitsmith.zoo.cifar_resnet import resnet20
@@ -138,7 +138,7 @@ def test_the_file_holds_the_simulated_weights_bit_for_bit(
     check_values(applied, package, sites, X)
     stored = [kind.removeprefix("constexpr_") for kind in package.kinds if kind.startswith("constexpr_")]
     assert {kind: stored.count(kind) for kind in stored} == kinds
-    # the same layers as before, and one normalisation for each factor by channel
+    # the same layers as before; factors by channel stand behind them
     assert package.kinds.count("conv") == 5
     assert package.kinds.count("linear") == 1
     # indices take their bits and no more, in whole bytes; all of it the file's size
@@ -240,6 +240,7 @@ def test_real_networks(name: str, precision: Any, tmp_path: Path) -> None:
         for site in sites:
             half = simulated(applied, site, x).astype(np.float16)
             assert np.array_equal(package.weights[f"weight_{site}_cast_fp16".replace(".", "_")], half), site
+    assert "batch_norm" not in package.kinds
     layers = [entry for entry in record.sites.values() if entry.kind in ("conv2d", "linear")]
     assert package.kinds.count("conv") + package.kinds.count("linear") == len(layers)
     assert package.kinds.count("constexpr_lut_to_dense") == len(sites) == len(layers)
@@ -340,15 +341,14 @@ def test_what_cannot_be_written_says_where_and_what_to_do(tmp_path: Path) -> Non
 
 
 def test_running_and_timing_say_what_takes_a_mac(tmp_path: Path) -> None:
-    path = tmp_path / "net.onnx"
-    artifact = bs.export(net(), OnnxRuntime(), path, X)
+    artifact = Artifact(tmp_path / "net.mlpackage", "mlpackage", {}, {}, (), (), 1, "coreml")
     target = CoreMl()
     for ask in (
         lambda: target.run(artifact, [X.numpy()]),
         lambda: target.measure([artifact]),
         lambda: target.site_times(artifact),
     ):
-        with pytest.raises(TargetError, match=r"net\.onnx cannot be (run|timed) here: .* On a Mac: .*OnnxRuntime"):
+        with pytest.raises(TargetError, match=r"net\.mlpackage cannot be (run|timed) here: .* On a Mac: .*OnnxRuntime"):
             ask()
 
 

@@ -69,12 +69,16 @@ def write_package(program: ExportedProgram, forms: Mapping[str, Form], version: 
                 pass_pipeline=tools.PassPipeline.EMPTY,
             )
             _store(graph, forms, version)
+            passes = tools.PassPipeline()
+            # makes a normalisation of a factor by channel, and adds 1e-5 to its variance of 1
+            passes.remove_passes({"common::fuse_elementwise_to_batchnorm"})
             model = tools.convert(
                 graph,
                 source="milinternal",
                 convert_to="mlprogram",
                 minimum_deployment_target=system,
                 compute_precision=precision,
+                pass_pipeline=passes,
                 skip_model_load=True,
                 package_dir=str(path),
             )

@@ -195,8 +195,8 @@ def _refuse(artifact: Artifact | None, what: str) -> NoReturn:
     path = "the file" if artifact is None else artifact.path
     raise TargetError(
         f"{path} cannot be {what} here: Core ML runs on Apple's systems, and this target writes files for it. On a "
-        "Mac: coremltools.models.MLModel(path).predict({input: array}), or Xcode's performance report; for a time on this "
-        "machine give OnnxRuntime() or OpenVino()"
+        "Mac: coremltools.models.MLModel(path).predict({input: array}), or Xcode's performance report; for a time on "
+        "this machine give OnnxRuntime() or OpenVino()"
     )
 
 
