@@ -350,6 +350,9 @@ def test_running_and_timing_say_what_takes_a_mac(tmp_path: Path) -> None:
     ):
         with pytest.raises(TargetError, match=r"net\.mlpackage cannot be (run|timed) here: .* On a Mac: .*OnnxRuntime"):
             ask()
+    task = bs.Task(calibration=[(X, None)], validation=[(X, None)], metric=bs.metrics.top1)
+    with pytest.raises(TargetError, match=r"coreml writes files and runs none here: .* export .* with CoreMl"):
+        bs.profile(net(), task, [bs.Palette(4)], target)
 
 
 def test_the_missing_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

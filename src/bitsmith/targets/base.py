@@ -232,6 +232,9 @@ class Target(ABC):
     name: ClassVar[str]
     source: ClassVar[Source]
 
+    runs: ClassVar[bool] = True
+    """Whether it runs and times artifacts; where not, ``run``, ``measure`` and ``site_times`` raise TargetError."""
+
     @abstractmethod
     def supports(self, technique: Technique, site: Site) -> bool | No:
         """Whether it has a kernel for that technique at such a site (neighbours aside), or why not."""

@@ -49,6 +49,7 @@ class CoreMl(Target):
 
     name: ClassVar[str] = "coreml"
     source: ClassVar[Source] = "measured"
+    runs: ClassVar[bool] = False
 
     precision: Literal["float32", "float16"] = "float32"
     system: System | None = None
