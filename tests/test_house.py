@@ -37,7 +37,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
 FILES = sorted(ROOT.rglob("*.py"))
 NAMES = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in FILES}
-RUNTIMES = ("bitsmith.targets.onnxruntime", "bitsmith.targets.openvino", "onnxruntime", "openvino")
+RUNTIMES = ("bitsmith.targets.onnxruntime", "bitsmith.targets.openvino", "bitsmith.targets.coreml")
+RUNTIMES += ("onnxruntime", "openvino", "coremltools")
 
 
 def imported(path: Path) -> Iterator[tuple[int, str]]:
@@ -189,6 +190,7 @@ LAZY = (
     "onnxscript",
     "onnxruntime",
     "openvino",
+    "coremltools",
     "scipy",
     "matplotlib",
     "rich",

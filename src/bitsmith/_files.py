@@ -27,6 +27,27 @@ def atomic_write(path: str | Path, write: Callable[[Path], Any]) -> Path:
     return path
 
 
+def atomic_folder(path: str | Path, write: Callable[[Path], Any]) -> Path:
+    """As :func:`atomic_write` for a folder: ``write`` makes one of the name it is given, which is then renamed.
+
+    What was at ``path`` before, a folder or a file, is moved aside, and back again should the renaming fail.
+    """
+    path = Path(path)
+    check_writable(path.parent)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as aside:
+        made, before = Path(aside) / path.name, Path(aside) / "before"
+        write(made)
+        if path.exists():
+            path.replace(before)
+        try:
+            made.replace(path)
+        except OSError:
+            if before.exists():
+                before.replace(path)
+            raise
+    return path
+
+
 def check_writable(folder: str | Path) -> Path:
     """Make the folder if need be and raise at once, not at the end of a long job, if nothing can be written there."""
     folder = Path(folder)

@@ -35,7 +35,7 @@ from .plan import Plan
 from .progress import Progress, Silent
 from .site import Format
 from .store import Store
-from .targets.base import CALM, Artifact, SiteTimes, Target, Timing, unrest
+from .targets.base import CALM, Artifact, SiteTimes, Target, TargetError, Timing, unrest
 from .task import Split, Task, score
 from .technique import Observer, Technique
 
@@ -84,7 +84,15 @@ class Bench:
         seed: int = 0,
         progress: Progress | None = None,
     ) -> Bench:
-        """Record the model on its first calibration inputs. ``folder``: of the artifacts; None: a temporary one."""
+        """Record the model on its first calibration inputs. ``folder``: of the artifacts; None: a temporary one.
+
+        Raises ``TargetError`` for a target that only writes files.
+        """
+        if not target.runs:
+            raise TargetError(
+                f"{target.name} writes files and runs none here: search with the target of a runtime that is here, as "
+                f"OnnxRuntime(), then export that plan's network with {type(target).__name__}"
+            )
         net = network(duplicate(model), first_inputs(task.calibration), forward=task.forward, names=names)
         warn_unreached(net)
         opened = store if isinstance(store, Store) else Store(store)
@@ -359,7 +367,7 @@ def without_values(plan: Plan) -> Plan:
 
 def suffix(target: Target) -> str:
     """The file suffix of a target's artifacts."""
-    return ".xml" if target.name == "openvino" else ".onnx"
+    return {"openvino": ".xml", "coreml": ".mlpackage"}.get(target.name, ".onnx")
 
 
 @functools.cache

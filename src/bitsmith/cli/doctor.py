@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import logging
 import os
 import platform
 import re
@@ -39,6 +40,7 @@ EXTRAS = {
     "sklearn": ("scikit-learn", "demo"),
     "optuna": ("optuna", "explore"),
     "zigzag": ("zigzag-dse", "zigzag"),
+    "coremltools": ("coremltools", "coreml"),
 }
 """Module -> distribution and extra of what it may use."""
 
@@ -110,6 +112,9 @@ def findings() -> Iterator[Finding]:
 def package(module: str, distribution: str, extra: str) -> Finding:
     """Whether a package can be imported, which version it is, and the line that installs it."""
     mend = f'pip install "bitsmith[{extra}]"' if extra else f'pip install "{_requirement(distribution)}"'
+    logger = logging.getLogger(module)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # some remark on each version and system that they were not made for
     try:
         importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -120,6 +125,8 @@ def package(module: str, distribution: str, extra: str) -> Finding:
     except Exception as error:  # a broken binary can raise anything
         again = mend.replace("install", "install --force-reinstall --no-deps", 1) if not extra else mend
         return Finding(distribution, "BROKEN", f"{type(error).__name__}: {error}", not extra, again)
+    finally:
+        logger.setLevel(level)
     return Finding(distribution, "ok", importlib.metadata.version(distribution), not extra)
 
 

@@ -93,7 +93,7 @@ def run_targets(options: Namespace) -> int:
             cells.append(f"no ({reasons.setdefault(words, len(reasons) + 1)})" if reason else "yes")
         rows.append((kind, *cells))
     caption = "\n".join(f"({number}) {reason}" for reason, number in reasons.items())
-    show.plain(f"{target}: times are {target.source}")
+    show.plain(f"{target}: {f'times are {target.source}' if target.runs else 'writes files, runs and times none here'}")
     show.table(("operation", *map(str, techniques)), rows, caption=caption)
     show.plain("Judged at a small example of each operation, neighbours aside; 'bitsmith profile' judges your model.")
     return 0

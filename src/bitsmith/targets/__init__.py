@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .base import Artifact, ArtifactError, Realised, SiteTimes, Target, TargetError, Timing
+from .coreml import CoreMl
 from .digital import DigitalAccelerator
 from .energy_table import EnergyTable, EnergyTableError, Entry
 from .onnxruntime import OnnxRuntime
@@ -17,6 +18,7 @@ __all__ = [
     "Artifact",
     "ArtifactError",
     "Connections",
+    "CoreMl",
     "Design",
     "DesignError",
     "DigitalAccelerator",

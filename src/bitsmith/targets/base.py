@@ -122,7 +122,7 @@ class Artifact:
     """
 
     path: Path
-    format: Literal["onnx", "openvino", "pt2", "safetensors"]
+    format: Literal["onnx", "openvino", "pt2", "safetensors", "mlpackage"]
     nodes: Mapping[str, tuple[str, ...]]
     values: Mapping[str, str]
     inputs: tuple[tuple[str, tuple[int, ...], str], ...]
@@ -143,6 +143,8 @@ class Artifact:
 
     @property
     def files(self) -> tuple[Path, ...]:
+        if self.format == "mlpackage":  # a folder
+            return tuple(sorted(path for path in self.path.rglob("*") if path.is_file()))
         weights = self.path.with_suffix(".bin")
         return (self.path, weights) if self.format == "openvino" and weights.exists() else (self.path,)
 
@@ -229,6 +231,9 @@ class Target(ABC):
 
     name: ClassVar[str]
     source: ClassVar[Source]
+
+    runs: ClassVar[bool] = True
+    """Whether it runs and times artifacts; where not, ``run``, ``measure`` and ``site_times`` raise TargetError."""
 
     @abstractmethod
     def supports(self, technique: Technique, site: Site) -> bool | No:
