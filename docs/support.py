@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bitsmith.cli.look import example_sites, support
 from bitsmith.model.onnx_graph.table import FAMILIES, OPSETS
-from bitsmith.targets import OnnxRuntime, OpenVino, Target
+from bitsmith.targets import CoreMl, OnnxRuntime, OpenVino, Target
 from bitsmith.technique import Technique
 from bitsmith.techniques.adder import Adder
 from bitsmith.techniques.binary import Binary
@@ -27,7 +27,11 @@ README = Path(__file__).parents[1] / "README.md"
 OPERATORS = Path(__file__).parent / "onnx_operators.md"
 BEGIN, END = "<!-- support: written by docs/support.py -->\n", "<!-- /support -->\n"
 
-RUNTIMES: tuple[tuple[str, Target], ...] = (("ONNX Runtime", OnnxRuntime()), ("OpenVINO", OpenVino()))
+RUNTIMES: tuple[tuple[str, Target], ...] = (
+    ("ONNX Runtime", OnnxRuntime()),
+    ("OpenVINO", OpenVino()),
+    ("Core ML (files)", CoreMl()),
+)
 TECHNIQUES: tuple[Technique, ...] = (
     Float(),
     Int(8, 8),
