@@ -22,7 +22,7 @@ from .plan import Budget, Plan, known_classes
 from .profile import Profile, measure
 from .progress import Progress, counted
 from .report.data import Report
-from .report.explored import explored, volume
+from .report.explored import control_of, explored, volume
 from .search import BudgetError, Result, SearchInterrupted, search
 from .search.base import QUANTITIES, Point
 from .sensitivity.inter_layer import DIAGONAL, InterLayer
@@ -312,13 +312,15 @@ class _Output:
         for old in plans.glob("[0-9][0-9]*.json"):
             if old.name not in names:
                 old.unlink()  # of a frontier that was longer
-        data = self._json(found.result, found.front, names, complete)
+        data = self._json(found, names, complete)
         text = json.dumps(_finite(data), indent=1, allow_nan=False) + "\n"
         path = self.folder / "frontier.json"
         atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
         return chosen, path, found.report.save(self.folder / "frontier.html")
 
-    def _json(self, result: Result, points: Sequence[Point], names: Sequence[str], complete: bool) -> dict[str, Any]:
+    def _json(self, found: Explored, names: Sequence[str], complete: bool) -> dict[str, Any]:
+        result, points = found.result, found.front
+        control = control_of(result)
         box = volume(result, points, self.method.objectives, self.budget)
         return {
             "schema": SCHEMA,
@@ -338,6 +340,8 @@ class _Output:
             "hypervolume": None if box is None else {"reference": box[0], "value": box[1]},
             "assumptions": list(self.profile.assumptions),
             "references": list(self.profile.references),
+            "float": None if control is None else _numbers(control, self.budget),
+            "techniques": [dataclasses.asdict(row) for row in found.report.techniques],
             "points": [
                 {"plan": f"plans/{name}", "chosen": point is result.best, **_numbers(point, self.budget)}
                 for name, point in zip(names, points, strict=True)
@@ -351,7 +355,6 @@ class _Output:
             notes.append("frontier.json has the numbers of these plans, plans/ the plans themselves")
         if not complete:
             notes.append(f"interrupted before {self.method.trials} plans were measured: the same command goes on")
-        notes += _left_out(self.profile)
         return explored(
             self.profile,
             result,
@@ -367,16 +370,6 @@ class _Output:
             seed=bench.seed,
             store={"hits": bench.store.hits, "misses": bench.store.misses},
         )
-
-
-def _left_out(profile: Profile) -> list[str]:
-    """The techniques that no site may have, and the first reason of each."""
-    offered = {row.technique for row in profile.rows if not row.refused}
-    reasons: dict[Technique, str] = {}
-    for row in profile.rows:
-        if row.refused and row.technique not in offered:
-            reasons.setdefault(row.technique, row.refused)
-    return [f"left out: {technique.label()}: {reason}" for technique, reason in reasons.items()]
 
 
 def measured_plan(point: Point) -> Plan:
