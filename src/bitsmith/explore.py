@@ -25,6 +25,7 @@ from .report.data import Report
 from .report.explored import control_of, explored, volume
 from .search import BudgetError, Result, SearchInterrupted, search
 from .search.base import QUANTITIES, Point
+from .sensitivity.base import Sensitivity, name_of
 from .sensitivity.inter_layer import DIAGONAL, InterLayer
 from .store import Store, machine_key
 from .targets.base import Target
@@ -128,6 +129,7 @@ def explore(
     progress: Progress | None = None,
     title: str = "",
     train: Step | None = None,
+    sensitivity: Sensitivity | None = None,
 ) -> Explored:
     """Explore which technique at which site, as Deeplite's Neutrino poses it (Sankaran et al. 2021, arXiv:2101.04073):
     least size, latency or energy at a tolerance of accuracy.
@@ -140,7 +142,8 @@ def explore(
     ``trials``: plans measured in all. ``folder``: gets ``plan.json``, ``frontier.json``, ``frontier.html``, ``plans/``,
     and the store and the trials from which a stopped run goes on. ``storage``, ``study``: as in ``Pareto``.
     ``train``: a step such as :class:`~bitsmith.Distil` for what needs training, at a site alone and in whole plans;
-    without, such techniques are left out.
+    without, such techniques are left out. ``sensitivity``: what scores every choice, as in ``profile``; None:
+    :class:`~bitsmith.InterLayer`, or with ``train``, where each choice has weights of its own, ``output_error``.
 
     Reads calibration and validation data only. Raises ``BudgetError`` if no plan keeps the limits, after the closest
     one was saved, and ``ModuleNotFoundError`` without Optuna.
@@ -171,6 +174,7 @@ def explore(
         place,
         title or type(model).__name__,
         train=train,
+        sensitivity=sensitivity,
     )
 
 
@@ -202,17 +206,19 @@ def explore_bench(
     title: str,
     told: Callable[[str, int, int], None] | None = None,
     train: Step | None = None,
+    sensitivity: Sensitivity | None = None,
 ) -> Explored:
     """:func:`explore` with a bench that is already open."""
     from .search.pareto import Pareto
 
     least = minimize or next((name for name in objectives if name != "drop"), "drop")
     bench.check({*objectives, *budget.limits, least})
-    asked = {"study": _name(bench, offered, objectives, budget, least, sampler, train)}
+    asked = {"study": _name(bench, offered, objectives, budget, least, sampler, train, sensitivity)}
     method = Pareto(objectives, sampler, trials, seed=bench.seed, storage=storage, study=study or asked["study"])
     _estimate(bench, method.left(), trials, len(offered), bench.store.get("profiled", asked) is not None)
     training = Training(train)
-    profile = measure(bench, offered, DIAGONAL if train else InterLayer(), training=training)
+    scores = sensitivity or (DIAGONAL if train else InterLayer())
+    profile = measure(bench, offered, scores, training=training)
     bench.store.put("profiled", asked, len(profile.rows))
     output = _Output(folder, bench, profile, method, budget, title)
     try:
@@ -240,6 +246,7 @@ def _name(
     minimize: str,
     sampler: str,
     train: Step | None,
+    sensitivity: Sensitivity | None,
 ) -> str:
     """The same question about the same network goes on with the same study, whichever machine asks."""
     asked = {
@@ -251,6 +258,7 @@ def _name(
         "sampler": sampler,
         "techniques": [technique_key(technique) for technique in offered],
         **({} if train is None else {"train": repr(train)}),
+        **({} if sensitivity is None else {"sensitivity": name_of(sensitivity)}),
     }
     return f"bitsmith-{hash_json(asked)[:16]}"
 
