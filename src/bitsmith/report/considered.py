@@ -194,7 +194,7 @@ def _refusals(rows: Sequence[Row]) -> str:
     common = sorted(counts, key=lambda reason: -counts[reason])
     said = [f"not at {counts[reason]} site{'s' if counts[reason] > 1 else ''}: {reason}" for reason in common]
     more = len(said) - _REASONS
-    return "; ".join(said[:_REASONS]) + (f"; and {more} more reasons" if more > 0 else "")
+    return "; ".join(said[:_REASONS]) + (f"; and {more} more reason{'s' if more > 1 else ''}" if more > 0 else "")
 
 
 @dataclass(frozen=True)
