@@ -11,6 +11,7 @@ import bitsmith as bs
 import smallnet
 from bitsmith.explore import every_technique, limited, objectives_of
 from bitsmith.search.hypervolume import hypervolume
+from bitsmith.sensitivity.base import Sensitivity
 from bitsmith.testing import MockTarget
 
 pytest.importorskip("optuna", reason='needs Optuna: pip install "bitsmith[explore]"')
@@ -78,6 +79,27 @@ def test_the_front_keeps_the_tolerance_and_is_not_beaten_at_random(tmp_path: Pat
     reference = [0.5, 1.5 * least]
     mine = hypervolume([[drop, mj] for mj, drop in costs], reference)
     assert mine >= hypervolume(tried, reference)
+
+
+def test_the_sensitivity_is_the_one_that_was_asked_for() -> None:
+    model, task, target = smallnet.small(), smallnet.task(), MockTarget()
+
+    def found(sensitivity: Sensitivity | None) -> bs.Explored:
+        return bs.explore(
+            *(model, task, target),
+            accuracy_drop=50.0,
+            objective="size",
+            techniques=OFFERED,
+            trials=2,
+            sensitivity=sensitivity,
+        )
+
+    given = found(bs.sensitivities.output_error)
+    assert given.profile.loss_name == "output error"
+    assert given.report.loss_name == "output error"
+    profiled = bs.profile(model, task, OFFERED, target, sensitivity=bs.sensitivities.output_error)
+    assert [row.loss for row in given.profile.rows] == [row.loss for row in profiled.rows]
+    assert "InterLayer" in found(None).profile.loss_name
 
 
 def test_a_limit_that_nothing_keeps_is_an_error_with_the_closest_plan() -> None:

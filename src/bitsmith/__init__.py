@@ -101,6 +101,7 @@ from .store import StoreError as StoreError
 from .targets.base import Artifact as Artifact
 from .task import Task as Task
 from .technique import Cell as Cell
+from .technique import MatrixProducts as MatrixProducts
 from .technique import No as No
 from .technique import PrepareError as PrepareError
 from .technique import Step as Step
@@ -166,6 +167,7 @@ __all__ = [
     "LearnedPlan",
     "LearnedPrecision",
     "LearnedStep",
+    "MatrixProducts",
     "Metaplastic",
     "ModelRunError",
     "NetAdaptError",

@@ -22,9 +22,10 @@ from .plan import Budget, Plan, known_classes
 from .profile import Profile, measure
 from .progress import Progress, counted
 from .report.data import Report
-from .report.explored import explored, volume
+from .report.explored import control_of, explored, volume
 from .search import BudgetError, Result, SearchInterrupted, search
 from .search.base import QUANTITIES, Point
+from .sensitivity.base import Sensitivity, name_of
 from .sensitivity.inter_layer import DIAGONAL, InterLayer
 from .store import Store, machine_key
 from .targets.base import Target
@@ -128,6 +129,7 @@ def explore(
     progress: Progress | None = None,
     title: str = "",
     train: Step | None = None,
+    sensitivity: Sensitivity | None = None,
 ) -> Explored:
     """Explore which technique at which site, as Deeplite's Neutrino poses it (Sankaran et al. 2021, arXiv:2101.04073):
     least size, latency or energy at a tolerance of accuracy.
@@ -140,7 +142,8 @@ def explore(
     ``trials``: plans measured in all. ``folder``: gets ``plan.json``, ``frontier.json``, ``frontier.html``, ``plans/``,
     and the store and the trials from which a stopped run goes on. ``storage``, ``study``: as in ``Pareto``.
     ``train``: a step such as :class:`~bitsmith.Distil` for what needs training, at a site alone and in whole plans;
-    without, such techniques are left out.
+    without, such techniques are left out. ``sensitivity``: what scores every choice, as in ``profile``; None:
+    :class:`~bitsmith.InterLayer`, or with ``train``, where each choice has weights of its own, ``output_error``.
 
     Reads calibration and validation data only. Raises ``BudgetError`` if no plan keeps the limits, after the closest
     one was saved, and ``ModuleNotFoundError`` without Optuna.
@@ -171,6 +174,7 @@ def explore(
         place,
         title or type(model).__name__,
         train=train,
+        sensitivity=sensitivity,
     )
 
 
@@ -202,17 +206,19 @@ def explore_bench(
     title: str,
     told: Callable[[str, int, int], None] | None = None,
     train: Step | None = None,
+    sensitivity: Sensitivity | None = None,
 ) -> Explored:
     """:func:`explore` with a bench that is already open."""
     from .search.pareto import Pareto
 
     least = minimize or next((name for name in objectives if name != "drop"), "drop")
     bench.check({*objectives, *budget.limits, least})
-    asked = {"study": _name(bench, offered, objectives, budget, least, sampler, train)}
+    asked = {"study": _name(bench, offered, objectives, budget, least, sampler, train, sensitivity)}
     method = Pareto(objectives, sampler, trials, seed=bench.seed, storage=storage, study=study or asked["study"])
     _estimate(bench, method.left(), trials, len(offered), bench.store.get("profiled", asked) is not None)
     training = Training(train)
-    profile = measure(bench, offered, DIAGONAL if train else InterLayer(), training=training)
+    scores = sensitivity or (DIAGONAL if train else InterLayer())
+    profile = measure(bench, offered, scores, training=training)
     bench.store.put("profiled", asked, len(profile.rows))
     output = _Output(folder, bench, profile, method, budget, title)
     try:
@@ -240,6 +246,7 @@ def _name(
     minimize: str,
     sampler: str,
     train: Step | None,
+    sensitivity: Sensitivity | None,
 ) -> str:
     """The same question about the same network goes on with the same study, whichever machine asks."""
     asked = {
@@ -251,6 +258,7 @@ def _name(
         "sampler": sampler,
         "techniques": [technique_key(technique) for technique in offered],
         **({} if train is None else {"train": repr(train)}),
+        **({} if sensitivity is None else {"sensitivity": name_of(sensitivity)}),
     }
     return f"bitsmith-{hash_json(asked)[:16]}"
 
@@ -312,13 +320,15 @@ class _Output:
         for old in plans.glob("[0-9][0-9]*.json"):
             if old.name not in names:
                 old.unlink()  # of a frontier that was longer
-        data = self._json(found.result, found.front, names, complete)
+        data = self._json(found, names, complete)
         text = json.dumps(_finite(data), indent=1, allow_nan=False) + "\n"
         path = self.folder / "frontier.json"
         atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
         return chosen, path, found.report.save(self.folder / "frontier.html")
 
-    def _json(self, result: Result, points: Sequence[Point], names: Sequence[str], complete: bool) -> dict[str, Any]:
+    def _json(self, found: Explored, names: Sequence[str], complete: bool) -> dict[str, Any]:
+        result, points = found.result, found.front
+        control = control_of(result)
         box = volume(result, points, self.method.objectives, self.budget)
         return {
             "schema": SCHEMA,
@@ -338,6 +348,8 @@ class _Output:
             "hypervolume": None if box is None else {"reference": box[0], "value": box[1]},
             "assumptions": list(self.profile.assumptions),
             "references": list(self.profile.references),
+            "float": None if control is None else _numbers(control, self.budget),
+            "techniques": [dataclasses.asdict(row) for row in found.report.techniques],
             "points": [
                 {"plan": f"plans/{name}", "chosen": point is result.best, **_numbers(point, self.budget)}
                 for name, point in zip(names, points, strict=True)
@@ -351,7 +363,6 @@ class _Output:
             notes.append("frontier.json has the numbers of these plans, plans/ the plans themselves")
         if not complete:
             notes.append(f"interrupted before {self.method.trials} plans were measured: the same command goes on")
-        notes += _left_out(self.profile)
         return explored(
             self.profile,
             result,
@@ -367,16 +378,6 @@ class _Output:
             seed=bench.seed,
             store={"hits": bench.store.hits, "misses": bench.store.misses},
         )
-
-
-def _left_out(profile: Profile) -> list[str]:
-    """The techniques that no site may have, and the first reason of each."""
-    offered = {row.technique for row in profile.rows if not row.refused}
-    reasons: dict[Technique, str] = {}
-    for row in profile.rows:
-        if row.refused and row.technique not in offered:
-            reasons.setdefault(row.technique, row.refused)
-    return [f"left out: {technique.label()}: {reason}" for technique, reason in reasons.items()]
 
 
 def measured_plan(point: Point) -> Plan:

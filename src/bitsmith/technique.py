@@ -78,6 +78,28 @@ class TensorQuantizer(Protocol):
     def __call__(self, x: Tensor) -> Tensor: ...
 
 
+@dataclass(frozen=True)
+class MatrixProducts:
+    """What a technique multiplies instead of the site's own product, per call: ``count`` matrix products of
+    [``positions``, ``depth``] @ [``depth``, ``outputs``]. ``bits``: of both factors; 32 are floats.
+    ``weight_additions``: to make the constant factors of the site's weights, where hardware does that at each call.
+
+    >>> MatrixProducts(16, 256, 32, 64, bits=8).macs
+    8388608
+    """
+
+    count: int
+    positions: int
+    outputs: int
+    depth: int
+    bits: int
+    weight_additions: float = 0.0
+
+    @property
+    def macs(self) -> int:
+        return self.count * self.positions * self.outputs * self.depth
+
+
 class Technique(ABC):
     """A frozen value that says how a site is computed. Subclasses are final frozen dataclasses, one file each."""
 
@@ -109,8 +131,14 @@ class Technique(ABC):
 
     def operations(self, site: Site) -> Mapping[str, float] | None:
         """What it computes with on modelled hardware, per forward pass: how many of ``multiply``, ``add`` (into the
-        accumulator), ``subtract`` and ``bitwise`` (both as wide as the operands); None: one multiplication and one
-        addition for each multiply-accumulate."""
+        accumulator), ``subtract`` and ``bitwise`` (both as wide as the operands), and ``scale`` (a product of 16 by 16
+        bits and an addition); None: one multiplication and one addition for each multiply-accumulate."""
+        return None
+
+    def products(self, site: Site) -> MatrixProducts | None:
+        """The matrix products that it computes on modelled hardware, where they are not the site's own; None: those.
+
+        What it computes beside them, on the way in and out, counts in :meth:`operations`."""
         return None
 
     def form(self, site: Site) -> str:

@@ -11,7 +11,7 @@ from benchmarks.harness import table
 
 from .._command import Study
 from .._guided import RESULTS, library
-from .engines import BANDWIDTHS, BUDGET, DENSE, ENGINES, NETWORKS, Engine, modelled, shapes
+from .engines import BANDWIDTHS, BUDGET, DENSE, ENGINES, HELD, NETWORKS, Engine, modelled, shapes, shares
 
 PUBLISHED = (2.14, 1.71)
 Rows = Mapping[tuple[str, str, float], Mapping[str, Any]]
@@ -32,8 +32,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"modelled, not measured: {BUDGET.dsps} DSPs, {BUDGET.bram_kib:g} KiB, {BUDGET.clock_mhz:g} MHz, 16-bit values"
     )
     found: dict[tuple[str, str, float], Mapping[str, Any]] = {}
+    held: dict[str, Mapping[str, float]] = {}
     for name in study.chosen:
         known = shapes(name)
+        held[name] = shares(known)
         for bandwidth in BANDWIDTHS:
             for engine in ENGINES:
                 key = {"network": name, "engine": repr(engine), "bandwidth": bandwidth, "budget": repr(BUDGET)}
@@ -47,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 if row is not None:
                     found[name, engine.name, bandwidth] = row
                     study.rows.append({"network": name, "engine": engine.name, "bandwidth": bandwidth, **row})
+    weights(study.chosen, found, held)
     tell(study.chosen, found)
     plot(study.chosen, found, RESULTS / "unzip_fpga.svg")
     study.finish()
@@ -65,10 +68,29 @@ def said(values: Sequence[float]) -> str:
     return f"{statistics.geometric_mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
+def weights(names: Sequence[str], found: Rows, held: Mapping[str, Mapping[str, float]]) -> None:
+    """How much of each network the weights are: of what is stored, and of what dense engines move."""
+    engines = [e for e in ENGINES if e in (DENSE, HELD)]
+    columns = ["network", "weights, M", "in kernels of 1", "in the last layer"]
+    columns += [f"{engine.name}, {b:g}x" for engine in engines for b in BANDWIDTHS]
+    rows = []
+    for name in names:
+        own = held[name]
+        row = [name, f"{own['millions']:.1f}", f"{own['pointwise']:.0%}", f"{own['last']:.0%}"]
+        for engine in engines:
+            for bandwidth in BANDWIDTHS:
+                moved = found.get((name, engine.name, bandwidth))
+                row.append("-" if moved is None else f"{moved['mb_weights'] / moved['mb_moved']:.0%}")
+        rows.append(row)
+    table("How much the weights are: of the network, and of the bytes that an engine moves", columns, rows)
+
+
 def tell(names: Sequence[str], found: Rows) -> None:
     columns = ["engine", *(f"bandwidth {bandwidth:g}x" for bandwidth in BANDWIDTHS)]
     rows = [[e.name, *(said(speedups(names, found, e, DENSE, b)) for b in BANDWIDTHS)] for e in ENGINES]
     table("Modelled speed-up over the dense engine: geometric mean over networks (range)", columns, rows)
+    rows = [[e.name, *(said(speedups(names, found, e, HELD, b)) for b in BANDWIDTHS)] for e in ENGINES if e.ratio]
+    table("Modelled speed-up over the dense engine that keeps its design of 1x", columns, rows)
     pruned = [engine for engine in ENGINES if engine.kept < 1.0]
     for engine in (engine for engine in ENGINES if engine.ratio is not None and engine.selective):
         rows = [[p.name, *(said(speedups(names, found, engine, p, b)) for b in BANDWIDTHS)] for p in pruned]

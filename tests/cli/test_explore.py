@@ -226,8 +226,14 @@ def test_words_of_points_and_one_objective(target: Path, run: Run) -> None:
     assert "evaluated, simulated" in said.out
     (chosen,) = [point for point in found["points"] if point["chosen"]]
     assert chosen["mj"] == min(point["mj"] for point in found["points"] if not point["missed"])
+    # what became of each technique is printed, written and shown
+    assert "lost by" in said.out
+    rows = {row["technique"]: row for row in found["techniques"]}
+    sites = len(json.loads((target / "out" / "plan.json").read_text())["sites"])
+    assert sum(row["chosen"] for row in rows.values()) >= sites
+    assert found["float"]["drop"] == 0.0
     page = (target / "out" / "frontier.html").read_text(encoding="utf-8")
-    assert "left out: Binary(" in page  # it needs training
+    assert re.search(r"<code>Binary\(.*not supported.*it needs training before", page)
     said = run(*ASK, "--accuracy-drop", 1, "--drop", 0.01, "-o", "out")
     assert said.code == 2
     assert "the same limit" in said.err

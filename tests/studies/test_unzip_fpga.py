@@ -41,6 +41,32 @@ def test_pruned_layers_fit_together_and_generated_ones_store_less(found):
     assert [layer.codes for layer in generated[:2]] == [0, 3]  # the first layer stays as it is
 
 
+def test_pointwise_kernels_share_codes_by_segments_of_channels(found):
+    whole = engines.shapes("SqueezeNet", 64)
+    plain, more = (engines.layers(whole, engines.Engine("", ratio=0.25, pointwise=p)) for p in (False, True))
+    for shape, before, after in zip(whole, plain, more, strict=True):
+        last = shape is whole[-1]
+        if shape.kernel > 1 or last:
+            assert after == before
+        else:
+            assert (before.codes, after.codes) == (0, 4)
+            assert after.weight_bytes == before.weight_bytes / 4
+    own = engines.shares(whole)
+    ones = sum(s.channels * s.outputs for s in whole[:-1] if s.kernel == 1)
+    everything = sum(s.channels * s.outputs * s.kernel for s in whole)
+    assert own["pointwise"] == ones / everything
+    assert own["millions"] == everything / 1e6
+
+
+def test_weights_that_are_moved_are_counted_tile_by_tile(found):
+    best = dataclasses.replace(engines.BUDGET, design=Design(64, 13, 64))
+    layer = next(one for one in engines.layers(found, engines.DENSE) if one.name == "layer1.0.conv1")
+    # 64 positions are one row of tiles: each weight once
+    assert engines.weights_moved(best, layer) == pytest.approx(layer.weight_bytes)
+    lower = dataclasses.replace(best, design=Design(16, 13, 64))
+    assert engines.weights_moved(lower, layer) == pytest.approx(4 * layer.weight_bytes)
+
+
 def test_raised_ratios_cost_at_most_one_per_cent(found):
     engine = engines.Engine("", ratio=0.25, selective=True, free=True)
     best = dataclasses.replace(engines.BUDGET, design=Design(64, 13, 64, 64))
@@ -66,6 +92,11 @@ def test_the_whole_study(monkeypatch, tmp_path, capsys):
     for engine in engines.ENGINES:
         assert times[engine.name, 0.25] >= times[engine.name, 1.0]
         assert all(row["dsps"] <= 64 for row in result["rows"])
+    for name in ("dense", "generated, ratio 0.25"):
+        assert times[f"{name}, design of 1x", 1.0] == times[name, 1.0]
+        assert times[f"{name}, design of 1x", 0.25] >= times[name, 0.25]
+    assert "How much the weights are" in said
+    assert "keeps its design of 1x" in said
     # what a best design can do, a better machine can do as well
     assert times["dense, keeps weights", 0.25] <= times["dense, selective", 0.25] <= times["dense", 0.25]
     assert times["generated, ratio 0.25", 0.25] <= times["generated, ratio 0.5", 0.25]

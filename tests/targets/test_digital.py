@@ -276,3 +276,77 @@ def test_a_target_without_area_says_so() -> None:
     profile = bs.profile(model, task, [bs.Int(8, 8)], CHIP)
     with pytest.raises(ValueError, match=r"the profile has no area"):
         bs.search(profile, bs.Budget(mm2=1.0), "ms")
+
+
+def convolution() -> Site:
+    """6 channels to 10 of a map of 5 x 6, which 3 x 3 tiles of 2 cover."""
+    layer = torch.nn.Conv2d(6, 10, 3, padding=1)
+    *_, site = network(
+        torch.nn.Sequential(torch.nn.ReLU(), layer).eval(), torch.randn(1, 6, 5, 6)
+    ).record.sites.values()
+    return site
+
+
+def test_winograd_by_hand() -> None:
+    """16 products of [9, 6] @ [6, 10] on 4 x 8 units: 2 folds of depth, 2 of outputs."""
+    site, technique = convolution(), bs.Winograd(2)
+    assert CHIP.precision(site, technique) == "int8"
+    tiles, taps = 9, 16
+    transformed = taps * tiles * (6 + 10)
+    assert CHIP.cycles(site, technique) == max(taps * 2 * 2 * tiles, math.ceil(transformed / 8)) == 576
+    stored = technique.bits(site)
+    assert CHIP.stored(site, technique) == stored
+    fetched = taps * tiles * 6 * 2 * 8
+    first, sums = taps * tiles * 6 * (8 + 8), taps * tiles * 10 * 32 * 2
+    unfinished = 2 * taps * tiles * 10 * 32
+    written = 10 * 5 * 6 * 8
+    found = CHIP.traffic(site, technique)
+    assert found.dram == stored
+    assert found.buffer == fetched + first + sums + unfinished + written + 2 * stored
+    macs = taps * tiles * 6 * 10
+    added = tiles * (6 * 32 + 10 * 24)
+    pj = macs * (0.2 + 0.1) + added * 0.1 + transformed * (0.2 * 4 + 0.1) + macs * (8 + 8 + 2 * 32) * 0.01
+    pj += found.buffer * SRAM + stored * DRAM
+    assert CHIP.site_energy(site, technique) == pytest.approx(pj * 1e-9)
+    # transforms alone decide where the array is large
+    large = dataclasses.replace(CHIP, rows=64, columns=64)
+    assert large.cycles(site, technique) == max(taps * tiles, math.ceil(transformed / 64))
+
+
+def test_winograd_with_weights_that_are_transformed_at_each_call_by_hand() -> None:
+    site, technique = convolution(), bs.Winograd(4, 16)
+    chip = dataclasses.replace(CHIP, transform_weights=True)
+    kernels, taps = 60, 36
+    scales = technique.bits(site) - 16 * taps * kernels
+    assert chip.stored(site, technique) == 16 * 9 * kernels + scales
+    more = chip.traffic(site, technique).buffer - CHIP.traffic(site, technique).buffer
+    less = technique.bits(site) - chip.stored(site, technique)
+    assert more == 2 * taps * kernels * 16 - 2 * less
+    # 4 additions in a row of G (two rows of 2 halves, shared), 3 columns then 6 rows; and the narrower memory
+    own = technique.products(site)
+    assert own is not None
+    pj = own.weight_additions * 0.1 + more * SRAM - less * DRAM
+    gained = chip.site_energy(site, technique) - CHIP.site_energy(site, technique)  # type: ignore[operator]
+    assert gained == pytest.approx(pj * 1e-9)
+    # others are what they were
+    assert chip.site_energy(site, bs.Int(8, 8)) == CHIP.site_energy(site, bs.Int(8, 8))
+
+
+def test_winograd_in_float_is_computed_by_the_float_units() -> None:
+    site = convolution()
+    assert CHIP.precision(site, bs.Winograd(4, 32)) == "float32"
+    assert isinstance(dataclasses.replace(CHIP, float_rate=0.0).precision(site, bs.Winograd(4, 32)), No)
+    wide = dataclasses.replace(CHIP, float_rate=0.5)
+    assert wide.cycles(site, bs.Winograd(4, 32)) == 2 * CHIP.cycles(site, bs.Winograd(4, 32))
+
+
+@pytest.mark.parametrize("technique", [bs.Winograd(2), bs.Winograd(4, 16)], ids=str)
+def test_the_exported_file_of_winograd_computes_what_is_simulated(technique: bs.Winograd, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.ReLU()).eval()
+    x = torch.randn(2, 3, 7, 6)
+    net = bs.apply(model, bs.Plan({"0": technique}), [(x, None)])
+    artifact = bs.export(net, CHIP, tmp_path / "net.onnx", x, batch=2)
+    with torch.no_grad():
+        assert torch.equal(torch.from_numpy(CHIP.run(artifact, [x.numpy()])[0]), net(x))
+    assert CHIP.inspect(artifact)["0"].precision == f"int{technique.tap_bits}"

@@ -7,10 +7,12 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bitsmith as bs
+from bitsmith.model.network import network
 from bitsmith.targets import DigitalAccelerator, SystolicArray
 from bitsmith.testing import check_target
 from targets_by_hand import TABLE, linear
@@ -83,3 +85,14 @@ def test_it_passes_the_conformance_suite_and_says_what_it_is() -> None:
     assert any("1811.02883" in line for line in ARRAY.references())
     with pytest.raises(ValueError, match=r"dataflow='row'"):
         dataclasses.replace(ARRAY, dataflow="row")
+
+
+def test_winograd_is_batched_products_by_tap() -> None:
+    layer = torch.nn.Sequential(torch.nn.Conv2d(6, 10, 3, padding=1)).eval()
+    (site,) = network(layer, torch.randn(1, 6, 8, 8)).record.sites.values()
+    # 16 products of [16, 6] @ [6, 10]: weights stay, 2 folds of depth and 2 of outputs
+    assert ARRAY.cycles(site, bs.Winograd(2)) == 16 * 2 * 2 * (2 * 4 + 8 + 16 - 2)
+    output = dataclasses.replace(ARRAY, dataflow="output")
+    assert output.cycles(site, bs.Winograd(2)) == 16 * 4 * 2 * (2 * 4 + 8 + 6 - 2)
+    assert ARRAY.cycles(site, bs.Winograd(2, 16)) == 4 * ARRAY.cycles(site, bs.Winograd(2))
+    assert ARRAY.site_energy(site, bs.Winograd(2)) == ARRAY.chip.site_energy(site, bs.Winograd(2))

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import arguments, show
 from .tune import prepare_store, print_frontier
+
+if TYPE_CHECKING:
+    from ..report.data import Report
 
 
 def add(commands: Any) -> None:
@@ -99,7 +102,21 @@ def run_explore(options: Namespace) -> int:
             None if options.train is None else Distil(options.train),
         )
     print_frontier(dataclasses.replace(found.result, frontier=found.front))
+    print_techniques(found.report)
     for line in found.profile.assumptions:
         show.plain(f"{found.profile.target}: {line}")
     show.written(*found.files)
     return 0
+
+
+def print_techniques(report: Report) -> None:
+    """What became of each technique: first those that were chosen, then what came nearest, last what is refused."""
+    order = ("", "nothing predicted", "accuracy", "cost", "accuracy and cost", "not supported")
+    rows = sorted(report.techniques, key=lambda row: (-row.chosen, order.index(row.lost_by)))
+    show.table(
+        ("technique", "sites", "lost by", "why"),
+        [(row.technique, str(row.chosen), row.lost_by, row.why) for row in rows],
+        ("sites",),
+        f"sites: where it was chosen, by name in the report; why: one change of the chosen plan as predicted, loss in "
+        f"{report.loss_name}, and the measured plans that have it",
+    )

@@ -32,7 +32,8 @@ class SiteRow:
     the site's output, dB. ``gap_db``: run against simulated, dB. ``agree``: fraction of integers within one step.
     ``ms``, ``float_ms``: per batch, under the plan and in float; ``mj``, ``float_mj`` likewise, on a target that models
     energy by site. ``bytes``: of its weights in the file.
-    ``macs``: multiply-accumulates per batch.
+    ``macs``: multiply-accumulates per batch. ``rejected``: what an exploration came next to choosing here, and what
+    that lost by.
     """
 
     site: str
@@ -50,6 +51,27 @@ class SiteRow:
     macs: int = 0
     mj: float | None = None
     float_mj: float | None = None
+    rejected: str = ""
+
+
+@dataclass(frozen=True)
+class TechniqueRow:
+    """One technique of an exploration: where it was chosen, and why not elsewhere.
+
+    ``chosen``, ``offered``, ``refused``: numbers of sites; ``sites``: names of those where it was chosen. ``lost_by``:
+    ``accuracy``, ``cost``, ``accuracy and cost``, ``nothing predicted`` (no worse as predicted, where no measured plan
+    bore it out), ``not supported`` (refused everywhere); empty where it was chosen. ``candidate``: the site where
+    it came nearest to being chosen. ``why``: the numbers and reasons, in words.
+    """
+
+    technique: str
+    chosen: int
+    offered: int
+    refused: int
+    sites: str = ""
+    lost_by: str = ""
+    candidate: str = ""
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -122,6 +144,7 @@ class Report:
     other nodes under the profiler; ``time_whole``: median ms of the whole run without it. ``predicted``: what the
     search expected (``ms``, ``bytes``, ``loss``, ``drop``). ``store``: ``hits`` and ``misses`` of stored measurements.
     ``training``: the steps of a training under the plan; ``training_metric``: what was validated in it.
+    ``techniques``: of an exploration, what became of each.
     """
 
     title: str
@@ -158,11 +181,12 @@ class Report:
     store: Mapping[str, int] = field(default_factory=dict)
     training: tuple[TrainingPoint, ...] = ()
     training_metric: str = ""
+    techniques: tuple[TechniqueRow, ...] = ()
 
     def __post_init__(self) -> None:
         for name in _MAPPINGS:
             object.__setattr__(self, name, _plain(getattr(self, name), name))
-        for name in ("frontier", "sites", "notes", "citations", "training"):
+        for name in ("frontier", "sites", "notes", "citations", "training", "techniques"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in self.budget:
             self.got(name)  # an unknown limit is an error here, not when the page is written
@@ -223,7 +247,8 @@ class Report:
         """
         data: dict[str, Any] = {"schema": SCHEMA, "kind": KIND, "title": self.title, "target": self.target}
         data["metric"] = self.metric
-        absent = {name for name in _LATER if getattr(self, name) is None}
+        absent = {name for name in _LATER if not getattr(self, name)}
+        absent |= set() if self.training else set(_OF_TRAINING)
         for name in MEASURES:
             measure = getattr(self, name)
             if name not in absent:
@@ -236,9 +261,9 @@ class Report:
                 data[f"{name}_interval"] = [measure.low, measure.high]
                 data |= {f"{name}_{detail}": getattr(measure, detail) for detail in _DETAILS}
         for f in fields(self):
-            if f.name not in data and f.name not in absent and (self.training or f.name not in _OF_TRAINING):
+            if f.name not in data and f.name not in absent:
                 value = getattr(self, f.name)
-                data[f.name] = [asdict(item) for item in value] if f.name in _ROWS else value
+                data[f.name] = [_flat(item) for item in value] if f.name in _ROWS else value
         written = _encode(data)
         assert isinstance(written, dict)
         return written
@@ -288,10 +313,13 @@ class Report:
 
 _MAPPINGS = ("settings", "versions", "machine", "budget", "missed", "verify", "time_parts", "predicted", "store")
 _NUMBERS: Mapping[str, type] = {"budget": float, "missed": float, "time_parts": float, "predicted": float, "store": int}
-_ROWS: Mapping[str, type] = {"sites": SiteRow, "frontier": FrontierPoint, "training": TrainingPoint}
+_ROWS: Mapping[str, type] = {
+    **{"sites": SiteRow, "frontier": FrontierPoint},
+    **{"training": TrainingPoint, "techniques": TechniqueRow},
+}
 _OF_TRAINING = ("training", "training_metric")
-_LATER = ("float_mm2", "plan_mm2")
-"""Both are written where there was one only: files without them are as old as the schema."""
+_LATER = ("float_mm2", "plan_mm2", "techniques")
+"""Written where there is one only: files without them are as old as the schema."""
 _DERIVED = ("samples", "speedup", "time_source")
 _NON_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 
@@ -313,6 +341,11 @@ def _plain(value: Any, where: str) -> Any:
     raise ReportError(
         f"{where}: {type(value).__name__} cannot be written to a report: use numbers, strings and mappings"
     )
+
+
+def _flat(row: Any) -> dict[str, Any]:
+    """A row of scalars; what came later to the schema is written where there is one only."""
+    return {key: value for key, value in asdict(row).items() if key != "rejected" or value}
 
 
 def _encode(value: Any) -> Any:

@@ -13,6 +13,7 @@ from ..search.base import Point, Result
 from ..search.hypervolume import hypervolume
 from ..techniques.float_ import Float
 from .compose import report
+from .considered import Costs, alternatives, considered, costs_of_sites
 from .data import Measure, Report
 
 
@@ -28,7 +29,8 @@ def explored(
 ) -> Report:
     """The report of what a search over ``objectives`` found; nothing is measured for it.
 
-    ``front``: the plans that no other betters. Times, sizes and scores are those of the search's own evaluations.
+    ``front``: the plans that no other betters. Times, sizes and scores are those of the search's own evaluations; by
+    site they are those of a modelled target's formulas. What became of each technique stands in ``techniques``.
     ``details``: further fields of :func:`~bitsmith.report.compose.report`, such as ``title`` and ``metric``.
     """
     said = [
@@ -40,16 +42,23 @@ def explored(
     if box is not None:
         reference = ", ".join(f"{name} {value:.4g}" for name, value in zip(objectives, box[0], strict=True))
         said.append(f"hypervolume: {box[1] / math.prod(box[0]):.1%} of the box up to {reference}")
+    said += [f"{name}: {profile.notes[name]}" for name in ("trained shortly", "not scored") if name in profile.notes]
     best = result.best
     plan = best.plan if best.evaluation is None else best.evaluation.plan
     found = report(profile, plan, result=result, budget=budget, notes=said, **details)
+    rejected, taken = alternatives(profile, result), costs_of_sites(profile, result.plan)
     return dataclasses.replace(
         found,
+        techniques=considered(profile, result),
+        sites=tuple(
+            dataclasses.replace(taken.get(row.site, Costs()).of(row), rejected=rejected.get(row.site, ""))
+            for row in found.sites
+        ),
         plan_ms=_time(best),
         plan_mj=_energy(best),
         plan_mm2=_area(best),
         plan_bytes=None if best.evaluation is None else best.evaluation.bytes,
-        **_control(_float(result)),
+        **_control(control_of(result)),
     )
 
 
@@ -58,7 +67,7 @@ def volume(
 ) -> tuple[list[float], float] | None:
     """A reference and the front's hypervolume up to it: the costs of the float plan as measured, and the limit of the
     drop (without one, 1). None where the float plan was not measured, or something of it is 0."""
-    control = _float(result)
+    control = control_of(result)
     if control is None or control.evaluation is None:
         return None
     drop = 1.0 if budget.drop is None else budget.drop
@@ -68,7 +77,8 @@ def volume(
     return reference, hypervolume([[point.value(name) for name in objectives] for point in front], reference)
 
 
-def _float(result: Result) -> Point | None:
+def control_of(result: Result) -> Point | None:
+    """The float plan, if it was measured or predicted."""
     return next((p for p in result.frontier if all(t == Float() for t in p.plan.sites.values())), None)
 
 

@@ -13,6 +13,10 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from ..export.names import site_names
+from ..export.onnx import to_onnx
+from ..export.program import applied_program
+from ..model.apply import is_applied, plan_of
 from ..plan import Plan
 from ..site import Record, Site
 from ..technique import No, Technique
@@ -29,6 +33,7 @@ from ._formulas import (
     recorded_batch,
     value_bytes,
 )
+from ._ordinary import ordinary
 from .base import Array, Artifact, Realised, SiteTimes, Source, Target, TargetError, Timing
 from .onnxruntime import OnnxRuntime
 from .storage import density_of
@@ -48,12 +53,16 @@ class Product:
         return self.groups * self.positions * self.outputs * self.depth
 
 
-def product_of(site: Site) -> Product | None:
+def product_of(site: Site, technique: Technique | None = None) -> Product | None:
     """One call as matrix products, None where it multiplies nothing (additions, pooling, normalisation).
 
+    A technique that has products of its own (:meth:`Technique.products`) is computed as these, batched.
     A convolution has an output position for each pixel and sample, and a depth of input channels x kernel by group.
     What is no layer (attention, an einsum) counts as one product of the same number of multiply-accumulates.
     """
+    own = None if technique is None else technique.products(site)
+    if own is not None:
+        return Product(own.count, own.positions, own.outputs, own.depth)
     macs = site.macs // max(site.calls, 1)
     if macs <= 0:
         return None
@@ -88,6 +97,9 @@ class Bits:
 def bits_of(site: Site, technique: Technique) -> Bits:
     """The widths that a technique asks of the arithmetic: of integers where all operands are, else 32 or 16."""
     written = round(8 * value_bytes(output_format(site, technique), technique))
+    own = technique.products(site)
+    if own is not None:
+        return Bits(own.bits, own.bits, written, own.bits == 32)
     integer = integer_bits(site, technique)
     if integer is None:
         width = 16 if isinstance(technique, Float) and technique.dtype == "bfloat16" else 32
@@ -98,6 +110,27 @@ def bits_of(site: Site, technique: Technique) -> Bits:
     if site.weight is not None:
         weight = technique.w if isinstance(technique, Int) else min(integer, stored_width(site, technique))
     return Bits(activation, weight, written, False)
+
+
+@dataclass(frozen=True)
+class Around:
+    """What a technique with products of its own moves around them in one call. ``values``: those that are transformed
+    into the first factors and back from the sums; ``bits``: through the buffer."""
+
+    values: float
+    bits: float
+
+
+def around(site: Site, technique: Technique, accumulator: int, weights: bool) -> Around:
+    """The inputs of the tiles read, the first factors written (the product reads them), the sums written and read;
+    with ``weights`` the second factors, which are made of the site's weights, too."""
+    own = technique.products(site)
+    if own is None:
+        return Around(0.0, 0.0)
+    first, sums = (float(own.count * own.positions * size) for size in (own.depth, own.outputs))
+    read = 8 * value_bytes(reads(site, technique)[0], technique)
+    made = 2.0 * own.count * own.depth * own.outputs * own.bits if weights else 0.0
+    return Around(first + sums, first * (read + own.bits) + 2 * sums * accumulator + made)
 
 
 def stored_width(site: Site, technique: Technique) -> int:
@@ -160,7 +193,9 @@ class Modelled(Target, ABC):
     # -- files -----------------------------------------------------------------------------------------------------
 
     def export(self, net: nn.Module, path: str | Path, example: Any, batch: int | None = None) -> Artifact:
-        artifact = OnnxRuntime(threads=1).export(net, path, example, batch)
+        program, _ = applied_program(net, example, batch)
+        runtime, plan = OnnxRuntime(threads=1), plan_of(net) if is_applied(net) else Plan()
+        artifact = runtime.write(to_onnx(ordinary(program)), path, site_names(net), plan)
         found = modelled(self, net, artifact.inputs)
         versions = {**artifact.versions, "model": self._digest()}
         artifact = dataclasses.replace(artifact, target=self.name, versions=versions, **found._asdict())

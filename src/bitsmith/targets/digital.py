@@ -11,6 +11,7 @@ from ..technique import No, Technique
 from ._accelerator import (
     Bits,
     Modelled,
+    around,
     bits_of,
     check_positive,
     moved_bits,
@@ -54,6 +55,10 @@ class DigitalAccelerator(Modelled):
     energy and no cycles (``skip``). ``weights_on_chip``: all weights of the network lie in a memory of their own, of
     ``weight_kib`` for the energy of an access; its area grows with the plan's weights. ``sram_um2_per_bit``: of both
     memories; without it, and without areas in the table, the target has no area.
+
+    Techniques with matrix products of their own (Winograd's, a product by tap) are computed as those. Their transforms
+    run beside the array, ``columns`` values a cycle, and pass the buffer. ``transform_weights``: memory holds the
+    site's weights in 16 bits, and the transformed ones are made of them at each call; else these are stored.
     """
 
     name: ClassVar[str] = "digital"
@@ -74,6 +79,7 @@ class DigitalAccelerator(Modelled):
     weights_on_chip: bool = False
     weight_kib: float = 256.0
     sram_um2_per_bit: float | None = None
+    transform_weights: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.table, str):
@@ -133,7 +139,7 @@ class DigitalAccelerator(Modelled):
 
     def cycles(self, site: Site, technique: Technique) -> float:
         """Of one call in the array. A product is cut into tiles of the array's size, and partial tiles take as long."""
-        product, widths = product_of(site), bits_of(site, technique)
+        product, widths = product_of(site, technique), bits_of(site, technique)
         if product is None:
             return math.ceil(max((math.prod(s) for s in site.out_shapes), default=0) / self.columns)
         g, m, n, k = product.groups, product.positions, product.outputs, product.depth
@@ -146,13 +152,21 @@ class DigitalAccelerator(Modelled):
         else:
             passes = float(math.ceil(widths.activation / self.bits) * math.ceil(widths.weight / self.bits))
         left = density_of(technique) if self.zeros == "skip" else 1.0
-        return g * tiles * steps * passes * left
+        return max(g * tiles * steps * passes * left, self.transform_cycles(site, technique))
+
+    def transform_cycles(self, site: Site, technique: Technique) -> float:
+        """Of one call, beside the array: of what a technique transforms on the way into its own products and back."""
+        return math.ceil(around(site, technique, self.accumulator, self.transform_weights).values / self.columns)
 
     def stored(self, site: Site, technique: Technique) -> float:
         """Bits of the site's weights, in their storage form, scales included."""
         weight = site.weight
         if weight is None:
             return 0.0
+        own = technique.products(site)
+        if own is not None and self.transform_weights:
+            scales = technique.bits(site) - own.count * own.depth * own.outputs * own.bits
+            return 16.0 * weight.numel + scales
         if density_of(technique) == 1.0:
             return technique.bits(site)
         connections = self._connections(site, technique)
@@ -166,7 +180,8 @@ class DigitalAccelerator(Modelled):
         buffer if inputs and outputs together fit in B, those that enter the network are read. The buffer is written
         with what comes in and read for what goes out, each word of an input is read once for all columns, each weight
         once for all positions (``output``: for all rows), and sums that a deep product leaves unfinished are written
-        and read (``weight``).
+        and read (``weight``). A technique with products of its own moves its transformed values and its sums as
+        well.
         """
         read, written = moved_bits(site, technique)
         weights, half = self.stored(site, technique), self.buffer_kib * 2**10 * 8 / 2
@@ -185,7 +200,7 @@ class DigitalAccelerator(Modelled):
         else:
             inward = min(held + outside * max(1, math.ceil(held / half)), outside + held * math.ceil(outside / half))
         dram = inward + activations
-        product = product_of(site)
+        product = product_of(site, technique)
         if product is None:
             return Traffic(read + written + dram, dram, weights)
         widths = bits_of(site, technique)
@@ -198,7 +213,8 @@ class DigitalAccelerator(Modelled):
         else:
             again = math.ceil(m / self.rows)
         loaded = 0.0 if self.weights_on_chip else weights * again
-        return Traffic(fetched + loaded + sums + written + dram, dram, weights)
+        beside = around(site, technique, self.accumulator, self.transform_weights).bits
+        return Traffic(fetched + loaded + sums + beside + written + dram, dram, weights)
 
     def _arithmetic(self, site: Site, technique: Technique) -> float:
         """pJ of all calls' operations."""
@@ -209,7 +225,7 @@ class DigitalAccelerator(Modelled):
             return added * self._add(widths)
         counted = technique.operations(site) or {"multiply": site.macs, "add": site.macs}
         left = 1.0 if self.zeros == "compute" else density_of(technique)
-        unknown = set(counted) - {"multiply", "add", "subtract", "bitwise"}
+        unknown = set(counted) - {"multiply", "add", "subtract", "bitwise", "scale"}
         if unknown:
             raise ValueError(f"{technique} counts {', '.join(sorted(unknown))}, which this model has not")
         narrow = max(widths.activation, widths.weight)
@@ -221,6 +237,10 @@ class DigitalAccelerator(Modelled):
             each["subtract"] = table.energy("int_add", narrow)
         if "bitwise" in counted:
             each["bitwise"] = table.energy("bitwise" if table.has("bitwise") else "int_add", 1)
+        each["scale"] = table.multiply(16, 16) + table.energy("int_add", self.accumulator)
+        own = technique.products(site)
+        if own is not None and self.transform_weights:
+            counted = {**counted, "add": counted["add"] + site.calls * own.weight_additions}
         return left * math.fsum(count * each[name] for name, count in counted.items())
 
     def _add(self, widths: Bits) -> float:
@@ -238,7 +258,9 @@ class DigitalAccelerator(Modelled):
         total = widths.activation if widths.floating else self.accumulator
         bits = widths.activation + widths.weight + 2 * total
         left = 1.0 if self.zeros == "compute" else density_of(technique)
-        return left * site.macs / site.calls * bits * self._energies.energy("register", 1)
+        own = technique.products(site)
+        macs = site.macs / site.calls if own is None else own.macs
+        return left * macs * bits * self._energies.energy("register", 1)
 
     def _controller(self, site: Site, technique: Technique) -> float:
         """pJ of one call to find the weights that are left."""
@@ -316,6 +338,11 @@ class DigitalAccelerator(Modelled):
             said.append(f"all weights lie on the chip and are read as from {self.weight_kib:g} KiB")
         if not table.has("register"):
             said.append(f"the table {table.name} has no registers: those in the units cost nothing")
+        made = "made of 16-bit weights at each call" if self.transform_weights else "stored"
+        said.append(
+            f"Winograd: a product by tap; transforms beside the array, {self.columns} values a cycle, through the "
+            f"buffer, their constants shifts, their units without area; transformed weights {made}"
+        )
         if self.float_rate:
             said.append(f"float units beside the integer ones, at {self.float_rate:g} times their rate")
         if self.storage != "dense" or self.zeros != "compute":

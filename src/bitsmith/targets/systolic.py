@@ -43,6 +43,7 @@ class SystolicArray(Modelled):
     accumulator: int = 32
     dram: Literal["low", "high"] = "low"
     sram_um2_per_bit: float | None = None
+    transform_weights: bool = False
 
     def __post_init__(self) -> None:
         if self.dataflow not in ("output", "weight", "input"):
@@ -62,7 +63,7 @@ class SystolicArray(Modelled):
 
     def cycles(self, site: Site, technique: Technique) -> float:
         """Of one call."""
-        product, widths = product_of(site), bits_of(site, technique)
+        product, widths = product_of(site, technique), bits_of(site, technique)
         if product is None:
             return self.chip.cycles(site, technique)
         m, n, k = product.positions, product.outputs, product.depth
@@ -72,7 +73,8 @@ class SystolicArray(Modelled):
             passes = 1.0 / self.float_rate
         else:
             passes = float(math.ceil(widths.activation / self.bits) * math.ceil(widths.weight / self.bits))
-        return product.groups * folds * self.fold_cycles(self.rows, self.columns, steps) * passes
+        computing = product.groups * folds * self.fold_cycles(self.rows, self.columns, steps) * passes
+        return max(computing, self.chip.transform_cycles(site, technique))
 
     def precision(self, site: Site, technique: Technique) -> str | No:
         return self.chip.precision(site, technique)

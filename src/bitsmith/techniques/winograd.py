@@ -16,7 +16,8 @@ from ..numerics.taps import TapObserver
 from ..numerics.weights import folded_affine
 from ..numerics.winograd_operation import FORM, load
 from ..site import Format, Range, Record, Site
-from ..technique import Cell, No, Technique, Wants
+from ..technique import Cell, MatrixProducts, No, Technique, Wants
+from ._tiles import TileCount, counted
 
 _MOMENTUM = 0.01
 """Of the taps' ranges in training, as in the paper's own code."""
@@ -111,6 +112,37 @@ class Winograd(Technique):
             m, n, r = algorithm.transforms(self.tile).sizes
             stored += 32.0 * (m * n + n * n + n * r)
         return stored
+
+    def products(self, site: Site) -> MatrixProducts | None:
+        """One product by tap: [tiles, C] @ [C, K] of ``tap_bits``, ``sum_c U[p, k, c] V[p, c, l]``."""
+        if site.weight is None or _refusal(site):
+            return None
+        count, (outputs, depth) = self._counted(site), site.weight.shape[:2]
+        made = float(count.weights * outputs * depth)
+        return MatrixProducts(count.taps, count.tiles, outputs, depth, self.tap_bits, made)
+
+    def operations(self, site: Site) -> dict[str, float] | None:
+        """For a tile of P taps, m outputs, C channels in and K out (Lavin and Gray 2016, eq. 12): ``P C K``
+        multiplications and additions, ``C beta + K delta`` additions of the transforms (beta 32, delta 24 in tiles of
+        2; 144 and 100 in tiles of 4), and with integers ``P (C + K)`` scalings, of V to its bits and of the sums to
+        real units. Trained transforms multiply by their constants as well.
+        """
+        products = self.products(site)
+        if products is None:
+            return None
+        count, channels, filters = self._counted(site), products.depth, products.outputs
+        tiles = float(count.tiles * site.calls)
+        inner = float(products.macs * site.calls)
+        found = {
+            "multiply": inner + tiles * (channels * count.into_multiplied + filters * count.back_multiplied),
+            "add": inner + tiles * (channels * count.into + filters * count.back),
+        }
+        return found if self.tap_bits == 32 else {**found, "scale": tiles * count.taps * (channels + filters)}
+
+    def _counted(self, site: Site) -> TileCount:
+        observer = _observer(site, self.tile)
+        tiling = algorithm.Tiling.of(self.tile, observer.kernel, observer.pads)
+        return counted(self.tile, observer.kernel, tiling, site.out_shapes[0], self.transforms == "flex")
 
     def build(self, site: Site, record: Record, rng: torch.Generator) -> Cell:
         return _WinogradCell(site, self, record)
