@@ -61,6 +61,7 @@ class Bed(Reopened):
         self.root, self.full = root, full
         self.target = bs.targets.OnnxRuntime(threads=1)
         self._subjects: dict[str, Subject] = {}
+        self._records: dict[str, bs.Record] = {}
 
     def subject(self, name: str) -> Subject:
         if name not in self._subjects:
@@ -108,7 +109,7 @@ class Bed(Reopened):
         return {**record, **seconds}
 
     def plan(self, subject: Subject, form: Form, example: Tensor) -> bs.Plan:
-        record = network(subject.model, example).record
+        record = self.recorded(subject, example)
         if form.technique is None:
             return bs.Plan({}, form.steps)
         sites = {}
@@ -118,6 +119,24 @@ class Bed(Reopened):
                 sites[name] = here
         plan: bs.Plan = self.target.adapt(bs.Plan(sites), record)
         return plan.replace(prepare=form.steps)
+
+    def recorded(self, subject: Subject, example: Tensor) -> bs.Record:
+        if subject.name not in self._records:
+            self._records[subject.name] = network(subject.model, example).record
+        return self._records[subject.name]
+
+    def weights(self, name: str, form: Form = FORMS["float"]) -> float:
+        """Bytes of weights and biases as the form stores them, without any graph."""
+        subject = self.subject(name)
+        example = subject.samples[:1]
+        planned = self.plan(subject, form, example).sites
+        bits = 0.0
+        for site_name, site in self.recorded(subject, example).sites.items():
+            if site.weight:
+                here = planned.get(site_name)
+                bits += 32.0 * site.weight.shape[0]
+                bits += here.bits(site) if here is not None else 32.0 * site.weight.numel
+        return bits / 8
 
 
 def at(form: Form, site: bs.Site) -> bs.Technique | None:

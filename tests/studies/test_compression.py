@@ -100,3 +100,42 @@ def test_the_front_has_what_nothing_smaller_beats() -> None:
 
     given = [line("a", 10, 0.5), line("b", 20, 0.4), line("c", 20, 0.7), line("d", 30, 0.7), line("e", 40, 0.9)]
     assert [one.label for one in tables.front(given)] == ["a", "c", "e"]
+
+
+def test_what_peers_store_is_counted_from_what_they_keep() -> None:
+    common = load("studies.compression.peers.common")
+    assert common.stored(torch.ones(4, 8), 4) == 32 * 4
+    assert common.stored(torch.cat([torch.zeros(24), torch.ones(8)]), 32) == 32 + 8 * 32
+    assert common.stored(torch.cat([torch.zeros(1), torch.ones(31)]), 8) == 32 * 8
+
+
+def test_peers_stand_beside_ours(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    beside, asked = load("studies.compression.beside"), load("studies.compression.peers.asked")
+    name = cells.NETWORKS[0]
+    ours = [(cells.Cell(name, "int4 weights", "after", seed), {"accuracy": 0.8, "samples": 5}) for seed in (0, 1)]
+    ours.append((cells.Cell(name, "0.75 of the channels"), {"accuracy": 0.9, "samples": 5}))
+    theirs = [
+        (cells.Cell(name, "palette of 4 bits", "coremltools"), {"accuracy": 0.85, "weights": 900.0, "samples": 5}),
+        (cells.Cell(name, "half, SparseGPT", "coremltools"), {"error": "RuntimeError: shapes"}),
+    ]
+    found = beside.points([*ours, *theirs], name, asked.family, lambda cell: 1000.0)
+    assert [(one.who, one.label, one.weights, len(one.accuracies)) for one in found] == [
+        ("Bitsmith", "int4 weights", 1000.0, 2),
+        ("coremltools", "palette of 4 bits", 900.0, 1),
+    ]
+    assert beside.best(found) == found[1:]
+    beside.told(found, name)
+    beside.plot({name: found}, tmp_path / "peers.svg")
+    assert "coremltools" in capsys.readouterr().out
+    assert (tmp_path / "peers.svg").exists()
+
+
+def test_a_peer_that_is_not_there_says_how_it_gets_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    asked = load("studies.compression.peers.asked")
+    monkeypatch.setenv("BITSMITH_PEERS", str(tmp_path))
+    missing = asked.missing()
+    assert {"NNCF", "Neural Compressor"} <= {peer.name for peer in missing}
+    assert "python -m benchmarks.peers.environment nncf" in asked.PEERS["NNCF"].install()
+    assert not [cell for cell in asked.wanted(1) if cell.route == "NNCF"]
+    monkeypatch.delenv("BITSMITH_PEERS")
+    assert asked.PEERS["NNCF"].python() is None
