@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from bitsmith.zoo.cifar_resnet import CifarResNet
 
 from .common import FLOAT, Form, Job, Made, classes, float_model, main, stored, weighted
 
@@ -109,14 +112,27 @@ def pruned(then: Form | None = None) -> Form:
     return form
 
 
+def sequential(model: nn.Module) -> nn.Module:
+    """The ResNet as the chain of its stages, which is all that this compressor takes; others begin with theirs."""
+    if not isinstance(model, CifarResNet):
+        return model
+    stem = nn.Sequential(model.conv1, model.bn1, nn.ReLU())
+    stages = {"stem": stem, "layer1": model.layer1, "layer2": model.layer2, "layer3": model.layer3}
+    pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(OrderedDict({**stages, "pool": pooled, "linear": model.linear}))
+
+
+def _convolves(module: nn.Module) -> bool:
+    return any(isinstance(one, nn.Conv2d) for one in module.modules())
+
+
 def layerwise(**how: Any) -> Form:
     def form(model: nn.Module, calibration: Tensor, job: Job, folder: Path) -> Made:
         from coremltools.optimize.torch.layerwise_compression import LayerwiseCompressor, LayerwiseCompressorConfig
 
-        # its layers follow one another, each fed with what the one before gives: the children with convolutions
-        layers = [
-            name for name, child in model.named_children() if any(isinstance(m, nn.Conv2d) for m in child.modules())
-        ]
+        model = sequential(model)
+        # what it calls layers follow one another from the input on: whole stages
+        layers = [name for name, child in model.named_children() if _convolves(child)]
         said = {"global_config": how, "calibration_nsamples": len(calibration), "layers": layers}
         config = LayerwiseCompressorConfig.from_dict(said)
         for name, layer in weighted(model).items():
