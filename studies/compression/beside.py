@@ -12,7 +12,7 @@ from benchmarks.harness import table
 from .._command import spread
 from .cells import NETWORKS, TRAINED, Bed, Cell
 from .forms import FORMS, TRAINED_FORMS, Form
-from .tables import MARKS, SHOWN, Found
+from .tables import MARKS, SHOWN, Found, plain_ticks
 
 OURS = "Bitsmith"
 COLOURS = {OURS: "silver", "coremltools": "tab:blue", "NNCF": "tab:purple", "Neural Compressor": "tab:red"}
@@ -117,6 +117,7 @@ def plot(given: Mapping[str, Sequence[Point]], path: Path) -> None:
         below = sum(point.mean < floor and point.who != OURS for point in given[name])
         said = name + (f"\n{below} forms of peers are below {floor:.0f} %" if below else "")
         axis.set(xscale="log", xlabel="weights and biases, KiB", ylabel="top-1, %", ylim=(floor, None))
+        plain_ticks(axis)
         axis.set_title(said, fontsize=10)
         axis.grid(alpha=0.25, which="both")
     handles = [

@@ -95,6 +95,15 @@ def told(found: Found, name: str) -> None:
     table(title, heads, rows)
 
 
+def plain_ticks(axis: Any) -> None:
+    """Sizes as people write them: 1, 2, 5, 10."""
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+
+    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+
+
 def plot(found: Found, path: Path) -> None:
     """Accuracy by bytes of the file, a panel for each network, one front over all; numbers on it are named below."""
     import matplotlib
@@ -131,11 +140,14 @@ def plot(found: Found, path: Path) -> None:
             [line.bytes / 1024 for line in best], [line.mean for line in best], where="post", color="grey", zorder=1
         )
         for number, line in enumerate(best, 1):
-            at, where = (line.bytes / 1024, line.mean), (-4, 6)
-            axis.annotate(str(number), at, textcoords="offset points", xytext=where, ha="right", fontsize=8)
+            # neighbours are close: above and below in turn
+            at, where = (line.bytes / 1024, line.mean), (-5, 6) if number % 2 else (5, -12)
+            side = "right" if number % 2 else "left"
+            axis.annotate(str(number), at, textcoords="offset points", xytext=where, ha=side, fontsize=8)
         below = sum(line.mean < floor for line in mine)
         said = f"{name}, {mine[0].samples} test samples" + (f"\n{below} forms are below {floor:.0f} %" if below else "")
         axis.set(xscale="log", xlabel="ONNX file, KiB", ylabel="top-1, %", ylim=(floor, None))
+        plain_ticks(axis)
         axis.set_title(said, fontsize=10)
         axis.grid(alpha=0.25, which="both")
         named = "\n".join(f"{number}  {line.label}" for number, line in enumerate(best, 1))
