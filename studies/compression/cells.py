@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,8 @@ from bitsmith.zoo.tasks import ds_cnn_task, mobilenet_v1_task
 
 from .. import _resnet20
 from .._guided import library
+from .._workers import Reopened
+from .forms import FORMS, TRAINED_FORMS, Form, computes
 
 RESNET, DS_CNN, MOBILENET = "ResNet-20", "DS-CNN S", "MobileNetV1"
 NETWORKS = (RESNET, DS_CNN, MOBILENET)
@@ -31,75 +33,13 @@ CALIBRATION = {RESNET: 256, DS_CNN: 256, MOBILENET: 64}
 TEST = {RESNET: 1000, DS_CNN: None, MOBILENET: 200}
 FULL_TEST = {RESNET: 1000, DS_CNN: None, MOBILENET: 700}
 
-PRUNED_FROM = 1024
-"""Layers of fewer weights are not pruned: depthwise ones, which have 9 for a channel."""
+NARROW = 32
+"""Layers of fewer weights for an output channel (depthwise ones, the first on an image) keep 8 bits and all weights."""
 
 AFTER, TRAINED = "after", "trained"
-STEPS = {RESNET: 60, DS_CNN: 300}
+STEPS = {RESNET: 40, DS_CNN: 200}
 RATE = 1e-3
 BATCH = 50
-
-GPT, FISHER, BIAS = bs.SparseGpt(), bs.FisherPalettes(64), bs.CorrectBias()
-HALF, THIRD, TWO_OF_FOUR = bs.Sparse(0.5), bs.Sparse(0.3), bs.Sparse(0.5, "n:m")
-CHANNELS, RESTORED = bs.PruneChannels(0.75, divisor=4), bs.PruneChannels(0.75, divisor=4, samples=256)
-
-
-@dataclass(frozen=True)
-class Form:
-    """``technique`` at every layer that it fits, others stay float; ``steps`` before. ``drawn``: whether what comes out
-    depends on the calibration samples, and so on the seed."""
-
-    technique: bs.Technique | None = None
-    steps: tuple[bs.Step, ...] = ()
-    family: str = "composed"
-
-    @property
-    def drawn(self) -> bool:
-        reads = isinstance(self.technique, bs.Int) and self.technique.a is not None
-        return reads or any(step != CHANNELS for step in self.steps)
-
-
-FORMS: Mapping[str, Form] = {
-    "float": Form(family="float"),
-    "int8": Form(bs.Int(8, 8), family="integers"),
-    "int4 weights": Form(bs.Int(4, None), family="integers"),
-    "palette of 6 bits": Form(bs.Palette(6), family="palettes"),
-    "palette of 4 bits": Form(bs.Palette(4), family="palettes"),
-    "palette of 3 bits": Form(bs.Palette(3), family="palettes"),
-    "palette of 2 bits": Form(bs.Palette(2), family="palettes"),
-    "palette of 4 bits, biases corrected": Form(bs.Palette(4), (BIAS,), "palettes"),
-    "palette of 3 bits, biases corrected": Form(bs.Palette(3), (BIAS,), "palettes"),
-    "palette of 4 bits, Fisher": Form(bs.Palette(4), (FISHER,), "palettes"),
-    "palette of 3 bits, Fisher": Form(bs.Palette(3), (FISHER,), "palettes"),
-    "half of the weights": Form(HALF, family="pruned"),
-    "half, SparseGPT": Form(HALF, (GPT,), "pruned"),
-    "0.3 of the weights": Form(THIRD, family="pruned"),
-    "0.3, SparseGPT": Form(THIRD, (GPT,), "pruned"),
-    "2 of 4": Form(TWO_OF_FOUR, family="pruned"),
-    "2 of 4, SparseGPT": Form(TWO_OF_FOUR, (GPT,), "pruned"),
-    "0.75 of the channels": Form(None, (CHANNELS,), "pruned"),
-    "0.75 of the channels, restored": Form(None, (RESTORED,), "pruned"),
-    "half (SparseGPT), palette of 4": Form(bs.Palette(4, of=HALF), (GPT, BIAS)),
-    "int8, palette of 4": Form(bs.Int(8, 8, of=bs.Palette(4)), (BIAS,)),
-    "half (SparseGPT), int8": Form(bs.Int(8, 8, of=HALF), (GPT,)),
-    "half (SparseGPT), int8, palette of 4": Form(bs.Int(8, 8, of=bs.Palette(4, of=HALF)), (GPT, BIAS)),
-    "0.3 (SparseGPT), int8, palette of 3": Form(bs.Int(8, 8, of=bs.Palette(3, of=THIRD)), (GPT, BIAS)),
-}
-
-TRAINED_FORMS: Mapping[str, Form] = {
-    "palette of 2 bits": FORMS["palette of 2 bits"],
-    "palette of 2 bits, soft": Form(bs.Palette(2, learn="soft"), family="palettes"),
-    "0.3 of the weights": FORMS["0.3 of the weights"],
-    "0.3 of the weights, gradually": Form(bs.Sparse(0.3, schedule="polynomial", every=4), family="pruned"),
-    "0.75 of the channels, restored": FORMS["0.75 of the channels, restored"],
-    "0.3 (SparseGPT), int8, palette of 3": FORMS["0.3 (SparseGPT), int8, palette of 3"],
-}
-
-FEW = (
-    *("float", "int8", "int4 weights", "palette of 6 bits", "palette of 4 bits", "palette of 4 bits, Fisher"),
-    *("half of the weights", "half, SparseGPT", "int8, palette of 4", "half (SparseGPT), int8, palette of 4"),
-)
-"""Of MobileNetV1, unless --full."""
 
 
 @dataclass(frozen=True)
@@ -114,13 +54,14 @@ class Cell:
         return f"{self.network}, {self.form}{', trained' if self.route == TRAINED else ''}, seed {self.seed}"
 
 
-class Bed:
-    """The networks, their data, and the target whose files are weighed."""
+class Bed(Reopened):
+    """The networks, their data, and the target whose files are weighed. Each process opens them once."""
 
     def __init__(self, root: Path, full: bool) -> None:
         self.root, self.full = root, full
         self.target = bs.targets.OnnxRuntime(threads=1)
         self._subjects: dict[str, Subject] = {}
+        self._records: dict[str, bs.Record] = {}
 
     def subject(self, name: str) -> Subject:
         if name not in self._subjects:
@@ -134,7 +75,7 @@ class Bed:
             "form": repr(form),
             "route": (cell.route, STEPS[cell.network], RATE) if cell.route == TRAINED else cell.route,
             "seed": cell.seed,
-            "pruned from": PRUNED_FROM,
+            "narrow": NARROW,
             "test": (FULL_TEST if self.full else TEST)[cell.network],
             "calibration": CALIBRATION[cell.network],
             "library": library("techniques", "prepare", "numerics", "export", "learn"),
@@ -142,7 +83,7 @@ class Bed:
 
     def record(self, cell: Cell) -> dict[str, Any]:
         """Test accuracy; of the first seed, bytes of the file too, and with Huffman-coded weights."""
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         subject, trained = self.subject(cell.network), cell.route == TRAINED
         form = (TRAINED_FORMS if trained else FORMS)[cell.form]
         calibration = subject.drawn(cell.seed)
@@ -164,34 +105,66 @@ class Bed:
                 record["bytes"] = bs.export(net, self.target, Path(folder) / "net.onnx", example).bytes
             sizes = bs.coded_sizes(net, example).values()
             record["coded"] = record["bytes"] + sum(min(0.0, one.huffman - one.plain) for one in sizes) / 8
-        return {**record, "seconds": time.perf_counter() - start}
+        seconds = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
+        return {**record, **seconds}
 
     def plan(self, subject: Subject, form: Form, example: Tensor) -> bs.Plan:
-        record = network(subject.model, example).record
-        technique = form.technique
-        if technique is None:
+        record = self.recorded(subject, example)
+        if form.technique is None:
             return bs.Plan({}, form.steps)
         sites = {}
         for name, site in record.sites.items():
-            here = technique if site.weight and site.weight.numel >= PRUNED_FROM else whole(technique)
-            if site.weight and here is not None and here.fits(site):
+            here = at(form, site)
+            if here is not None and (not computes(here) or self.target.supports(here, site)):
                 sites[name] = here
-        if isinstance(technique, bs.Int) and technique.a is not None:
-            plain = bs.Int(8, 8)
-            for name, site in record.sites.items():
-                if name not in sites and plain.fits(site) and self.target.supports(plain, site):
-                    sites[name] = plain
         plan: bs.Plan = self.target.adapt(bs.Plan(sites), record)
         return plan.replace(prepare=form.steps)
 
+    def recorded(self, subject: Subject, example: Tensor) -> bs.Record:
+        if subject.name not in self._records:
+            self._records[subject.name] = network(subject.model, example).record
+        return self._records[subject.name]
 
-def whole(technique: bs.Technique | None) -> bs.Technique | None:
-    """The technique without pruning."""
-    if technique is None or isinstance(technique, bs.Sparse):
+    def weights(self, name: str, form: Form = FORMS["float"]) -> float:
+        """Bytes of weights and biases as the form stores them, without any graph."""
+        subject = self.subject(name)
+        example = subject.samples[:1]
+        planned = self.plan(subject, form, example).sites
+        bits = 0.0
+        for site_name, site in self.recorded(subject, example).sites.items():
+            if site.weight:
+                here = planned.get(site_name)
+                bits += 32.0 * site.weight.shape[0]
+                bits += here.bits(site) if here is not None else 32.0 * site.weight.numel
+        return bits / 8
+
+
+def at(form: Form, site: bs.Site) -> bs.Technique | None:
+    """The technique of a form at a site: the first that fits, of those for a narrow layer or for any other."""
+    technique, weight = form.technique, site.weight
+    if technique is None:
         return None
-    if isinstance(technique, (bs.Int, bs.Palette)):
-        return replace(technique, of=whole(technique.of))  # type: ignore[arg-type]
-    return technique
+    if weight is None:
+        tried = [bs.Int(8, 8)] if computes(technique) else []
+    elif form.narrow and weight.numel < NARROW * weight.shape[0]:
+        tried = narrow(technique)
+    else:
+        tried = [technique, *ungrouped(technique)]
+    return next((one for one in tried if one.fits(site)), None)
+
+
+def narrow(technique: bs.Technique) -> list[bs.Technique]:
+    """What a layer of few weights for a channel gets: the integers that the others compute in, or 8-bit weights."""
+    if computes(technique):
+        return [bs.Int(8, 8)]
+    return [] if isinstance(technique, bs.Sparse) else [bs.Int(8, None)]
+
+
+def ungrouped(technique: bs.Technique) -> list[bs.Technique]:
+    """The technique for layers whose channels do not divide into its groups."""
+    if isinstance(technique, bs.Int) and technique.group:
+        return [replace(technique, granularity="channel", group=0)]
+    return [replace(technique, group=0)] if isinstance(technique, bs.Palette) and technique.group else []
 
 
 class Subject:
