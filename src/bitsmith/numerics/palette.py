@@ -6,19 +6,24 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 _BINS = 2048
+_CUTS, _WORK = 1024, 1e8
+"""Places where a cluster may end in the exact start: at most so many, and so few that steps * places^2 stay below."""
 
 
 def kmeans(values: Tensor, count: int, importance: Tensor | None = None, iterations: int = 100) -> Tensor:
     """The ``count`` values by which each row is best replaced: (rows, n) -> (rows, count), ascending, float32.
 
     Lloyd's algorithm (1982, doi:10.1109/TIT.1982.1056489) on sorted rows, where a cluster is an interval and its mean
-    a difference of running sums: an iteration costs ``count log n``. It starts from two sets, evenly spread (Han et
-    al. 2016, arXiv:1510.00149, section 3.2) and spread by the cube root of the density (Panter and Dite 1951,
-    doi:10.1109/JRPROC.1951.230419), and keeps the better end of the two by row. ``importance``: weight of every
-    value's squared error, shaped as ``values``, 0 or more. A row of at most ``count`` different values keeps them.
+    a difference of running sums: an iteration costs ``count log n``. It starts from three sets: the best intervals by
+    dynamic programming (Fisher 1958, doi:10.1080/01621459.1958.10501479), which is the optimum of a row of at most
+    1024 values, and of a longer one among intervals that end at 1024 places; evenly spread values (Han et al. 2016,
+    arXiv:1510.00149, section 3.2); and values spread by the cube root of the density (Panter and Dite 1951,
+    doi:10.1109/JRPROC.1951.230419). The best end is kept by row. ``importance``: weight of every value's squared
+    error, shaped as ``values``, 0 or more. A row of at most ``count`` different values keeps them.
 
     >>> kmeans(torch.tensor([[0.0, 0.1, 1.0, 1.1]]), 2)
     tensor([[0.0500, 1.0500]])
@@ -31,7 +36,8 @@ def kmeans(values: Tensor, count: int, importance: Tensor | None = None, iterati
         felt = weight * ordered
         sums = [_running(weight), _running(felt), _running(felt.mul_(ordered))]
     best, least = torch.empty(0), torch.empty(0)
-    for start in (_spread(ordered, sums[0], count, 0.0), _spread(ordered, sums[0], count, 1 / 3)):
+    starts = (_spread(ordered, sums[0], count, power) for power in (0.0, 1 / 3))
+    for start in (_grouped(ordered, sums, count), *starts):
         found, error = _lloyd(ordered, sums, start, iterations)
         if not len(best):
             best, least = found, error
@@ -143,6 +149,45 @@ def _spread(ordered: Tensor, mass: Tensor, count: int, power: float) -> Tensor:
     share = density.pow(power).cumsum(1)
     wanted = (share[:, -1:] * ((place + 0.5) / count)).contiguous()
     return low + (high - low) * (torch.searchsorted(share, wanted).to(ordered.dtype) + 0.5) / _BINS
+
+
+def _grouped(ordered: Tensor, sums: list[Tensor], count: int) -> Tensor:
+    """Means of the ``count`` intervals of least squared error, of those that end at some places: (rows, count)."""
+    rows, n = ordered.shape
+    places = int(min(n, _CUTS, max(64.0, (_WORK / (count * rows)) ** 0.5)))
+    if places == n:
+        ends = torch.arange(n + 1, device=ordered.device).expand(rows, -1)
+    else:
+        half = places // 2  # evenly, for the tails; and where the values are
+        edges = [_spread(ordered, sums[0], half, 0.0), _spread(ordered, sums[0], places - 1 - half, 1 / 3)]
+        inner = torch.searchsorted(ordered, torch.cat(edges, 1).sort(1).values, right=True)
+        ends = torch.cat((torch.zeros_like(inner[:, :1]), inner, torch.full_like(inner[:, :1], n)), 1)
+    mass, total, square = (s.gather(1, ends).cpu().numpy() for s in sums)
+    centres = np.stack([_optimal(*row, count) for row in zip(mass, total, square, strict=True)])
+    return torch.from_numpy(centres).to(ordered.device)
+
+
+def _optimal(mass: NDArray[Any], total: NDArray[Any], square: NDArray[Any], count: int) -> NDArray[Any]:
+    """Means of the best intervals, ascending, from running sums at the places where one may end: (places + 1,) each.
+    ``least[j]``: the least error of what lies before place j; an empty interval costs nothing."""
+    width, sums = mass[None, :] - mass[:, None], total[None, :] - total[:, None]
+    some = width > 0
+    cost = np.where(some, square[None, :] - square[:, None] - sums**2 / np.where(some, width, 1.0), 0.0)
+    cost[np.tril_indices(len(mass), -1)] = np.inf
+    least, came = cost[0], []
+    for _ in range(count - 1):
+        reached = least[:, None] + cost
+        came.append(reached.argmin(0))
+        least = reached.min(0)
+    last, cuts = len(mass) - 1, [len(mass) - 1]
+    for back in reversed(came):
+        last = int(back[last])
+        cuts.append(last)
+    bounds = np.array([0, *reversed(cuts)])
+    held, felt = np.diff(mass[bounds]), np.diff(total[bounds])
+    means = np.where(held > 0, felt / np.where(held > 0, held, 1.0), -np.inf)
+    means = np.maximum.accumulate(means)  # an empty interval repeats the one before it
+    return np.where(np.isfinite(means), means, means[np.isfinite(means)].min())
 
 
 def _lloyd(ordered: Tensor, sums: list[Tensor], centres: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
