@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from repository import load
+from repository import ROOT, load
 
 load("benchmarks.harness")
 workers, command = load("studies._workers"), load("studies._command")
@@ -41,6 +41,7 @@ def test_two_processes_compute_what_the_store_lacks(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setattr(command, "RESULTS", tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT))  # where a new process finds the studies
 
     def begun(*options: str) -> Any:
         study = command.Study.start("mock", "", 1.0, options, parts=("all",), store="mock", workers=True)
