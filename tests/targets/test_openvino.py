@@ -16,7 +16,7 @@ from bitsmith.model.apply import apply
 from bitsmith.model.network import network
 from bitsmith.plan import Plan
 from bitsmith.site import Format
-from bitsmith.targets._openvino_graph import Node, Owners, check_precision, executed, products
+from bitsmith.targets._openvino_graph import Node, check_precision, executed
 from bitsmith.targets.base import Artifact, ArtifactError, Realised, TargetError
 from bitsmith.targets.openvino import AFFINE, SYMMETRIC, OpenVino
 from bitsmith.technique import No
@@ -330,27 +330,6 @@ def test_the_first_runs_are_not_in_the_times_of_sites(tmp_path: Path) -> None:
     assert max(times.sites, key=times.sites.__getitem__) in ("conv1", "conv2")
 
 
-def test_nodes_of_the_compiled_graph_are_given_to_sites_and_tensors() -> None:
-    owners = Owners.of(
-        {"conv": ["conv/Conv/WithoutBiases", "conv/Conv"], ":cat": [":cat/Concat"]}, ["conv", ":cat", "@x"]
-    )
-
-    def node(
-        kind: str, *layers: str, outputs: tuple[str, ...] = ("u8",), precision: str = "f32", source: str = ""
-    ) -> Node:
-        return Node(layers[0] if layers else "", kind, layers, precision, "jit_f32", outputs, (source,))
-
-    conv = node("Convolution", "conv/Conv/WithoutBiases", "Multiply.1", "conv/Conv", "conv/Quantize.u8")
-    assert owners.sites(conv) == ["conv"]
-    assert owners.sites(node("Concatenation", ":cat/Concat_original")) == [":cat"]
-    back = node("Subgraph", ":cat/Concat/DequantizationConvert", ":cat/Concat")
-    assert (owners.sites(back), owners.tensor(back, {})) == ([], ":cat")
-    assert owners.tensor(node("Subgraph", "@x/Quantize.u8"), {}) == "@x"
-    graph = {"c": conv}
-    assert owners.tensor(node("Reorder", precision="u8", outputs=("f32",), source="c"), graph) == "conv"
-    assert owners.tensor(node("Reorder", precision="u8", outputs=("u8",), source="c"), graph) == ""
-
-
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("count", [2, 3])
 def test_a_chain_of_linear_layers_is_one_kernel_of_integers(count: int, bias: bool, tmp_path: Path) -> None:
@@ -365,18 +344,6 @@ def test_a_chain_of_linear_layers_is_one_kernel_of_integers(count: int, bias: bo
     if not any(node.kind == "FullyConnected" for node in nodes):  # else an OpenVINO that does not join them
         assert all("one kernel with" in verdict.reason for verdict in found.values())
         assert all("f32" in verdict.reason for verdict in found.values())  # its name, as the runtime gives it
-
-
-def test_a_subgraph_that_only_dequantizes_multiplies_nothing() -> None:
-    def node(name: str, kind: str, layers: tuple[str, ...], out: str, *sources: str) -> Node:
-        return Node(name, kind, layers, out, "jit_avx2_f32", (out,), sources)
-
-    dense = node("dense", "FullyConnected", ("0/MatMul_original",), "u8", "x", "w")
-    back = node("back", "Subgraph", ("0/MatMul/DequantizationMultiply", "0/MatMul"), "f32", "dense", "c")
-    constants = [node("w", "Const", ("w",), "i8"), node("c", "Const", ("c",), "f32")]
-    assert products([*constants, dense, back]) == {}
-    both = node("both", "Subgraph", ("0/MatMul", "0/MatMul/DequantizationMultiply"), "f32", "x", "w")
-    assert products([*constants, both]) == {"both": frozenset({"0/MatMul"})}
 
 
 def test_measure_times_what_takes_longer_as_longer(tmp_path: Path) -> None:
