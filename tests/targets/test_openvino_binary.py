@@ -163,7 +163,7 @@ def test_files_of_plans_are_derived(case: Any) -> None:
     net, data = case
     signed = bs.Binary("xnor", activations=True)
     whole = [signs_at(case, INT8), signs_at(case, signed)]
-    sites = {"conv1": signed, "conv2": INT8, "wide": signed}
+    sites = {"conv1": INT8, "conv2": signed, "wide": signed}
     mixed = TARGET.adapt(bs.Plan(sites), network(net, data[0][0][:1], names=sites).record)
     record = network(net, data[0][0][:1], names=mixed.sites).record
     graphs = Graphs(whole, lambda plan: bs.apply(net, plan, data), data[0][0][:1], 1)
@@ -172,6 +172,8 @@ def test_files_of_plans_are_derived(case: Any) -> None:
     direct = to_onnx(applied_program(bs.apply(net, mixed, data), data[0][0][:1], 1)[0])
     ours, theirs = (sorted((n.op_type, n.name) for n in one.graph.node) for one in (found[0], direct))
     assert ours == theirs
+    behind = TARGET.adapt(bs.Plan({"conv1": signed, "conv2": INT8}), record)  # its range hangs on the signs before it
+    assert graphs.derived(behind, record) is None
     drawn = bs.Binary("xnor", activations=True, error_rate=0.1)  # which signs are wrong hangs on the whole plan
     graphs = Graphs([signs_at(case, drawn)], lambda plan: bs.apply(net, plan, data), data[0][0][:1], 1)
     assert graphs.derived(bs.Plan({"conv1": drawn}), record) is None

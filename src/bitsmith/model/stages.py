@@ -36,18 +36,25 @@ def stages(plan: Plan, record: Record) -> list[Stage]:
     that pass too. Each link of a chain of ``after_quantized`` takes one pass more.
     """
     placement = place(plan, record)
-    after = {name for name in plan.sites if plan[name].wants(record.sites[name]).after_quantized}
-    changing = {name for name in plan.sites if not plan[name].keeps_function()}
-    if not after and not changing:
+    schedule = _scheduled(plan, record, placement)
+    if schedule is None:
         return [Stage(tuple(placement.wanted))] if placement.wanted else []
-    return _Schedule(plan, record, placement, after, changing).stages()
+    return schedule.stages()
 
 
 def moved(plan: Plan, record: Record) -> frozenset[Any]:
-    """What the plan has collected on another network than the float one: names of tensors, and
-    ((site, operand), observer)."""
-    found = [wanted for stage in stages(plan, record) if stage.active for wanted in stage.wanted]
+    """What the plan has collected behind sites that are in place: names of tensors, and ((site, operand), observer)."""
+    placement = place(plan, record)
+    schedule = _scheduled(plan, record, placement)
+    found = [wanted for wanted in placement.wanted if schedule is not None and schedule.moves(wanted)]
     return frozenset(where if isinstance(what, Format) else (where, what) for where, what in found)
+
+
+def _scheduled(plan: Plan, record: Record, placement: Placement) -> _Schedule | None:
+    """None where all is collected on the float network."""
+    after = {name for name in plan.sites if plan[name].wants(record.sites[name]).after_quantized}
+    changing = {name for name in plan.sites if not plan[name].keeps_function()}
+    return _Schedule(plan, record, placement, after, changing) if after or changing else None
 
 
 def running(plan: Plan, record: Record, active: Iterable[str], known: Set[Any]) -> tuple[Plan, Placement]:
@@ -57,6 +64,9 @@ def running(plan: Plan, record: Record, active: Iterable[str], known: Set[Any]) 
     placement = at_reads(part, record)
     writes = {key: pair for key, pair in placement.writes.items() if pair[0] in known}
     return part, Placement(placement.reads, writes, placement.observers)
+
+
+_Place = tuple[int, bool | None, bool]
 
 
 class _Schedule:
@@ -90,7 +100,7 @@ class _Schedule:
         passes: dict[tuple[int, bool], list[Wanted]] = defaultdict(list)
         either: dict[int, list[Wanted]] = defaultdict(list)
         for wanted in self.placement.wanted:
-            level, quantized = self._placed(wanted)
+            level, quantized, _ = self._placed(wanted)
             (either[level] if quantized is None else passes[level, quantized]).append(wanted)
         for level, found in either.items():
             passes[level, (level, True) in passes].extend(found)
@@ -100,6 +110,10 @@ class _Schedule:
             for among in [self.ready if quantized else self.changing]
         ]
 
+    def moves(self, wanted: Wanted) -> bool:
+        """Whether it is another statistic than the float network's."""
+        return self._placed(wanted)[2]
+
     def _enter(self, site: Site) -> None:
         """A planned site, all before it being known."""
         asked = [self._tensor(tensor)[0] for tensor in self.read[site.name]]
@@ -108,15 +122,16 @@ class _Schedule:
         if self.owners.get(site.tail) == site.name:
             self.done[site.name] = max(self.ready[site.name], 1 + self._tensor(site.tail)[0])
 
-    def _placed(self, wanted: Wanted) -> tuple[int, bool | None]:
-        """Its level, and whether planned sites that keep their function run (None: there is none before it)."""
+    def _placed(self, wanted: Wanted) -> _Place:
+        """Its level, whether planned sites that keep their function run (None: there is none before it), and whether
+        any site that runs lies before it."""
         where, _ = wanted
         if isinstance(where, str):
             return self._tensor(where)
         name, index = where
         return self._level(self._behind(self.record.sites[name].operands[index].tensor), name in self.after)
 
-    def _tensor(self, tensor: str) -> tuple[int, bool | None]:
+    def _tensor(self, tensor: str) -> _Place:
         behind, owner = self._behind(tensor), self.owners.get(tensor, "")
         if owner:  # what is fused behind it may not have been reached yet
             behind |= self.before[owner] | {owner}
@@ -126,10 +141,10 @@ class _Schedule:
             behind -= {owner}
         return self._level(behind, owner in self.after, owner)
 
-    def _level(self, behind: frozenset[str], after: bool, owner: str = "") -> tuple[int, bool | None]:
+    def _level(self, behind: frozenset[str], after: bool, owner: str = "") -> _Place:
         needed = behind if after else behind & self.changing
         level = max((self.ready[s] if s == owner else self.done[s] for s in needed), default=0)
-        return level, after if behind - self.changing else None
+        return level, after if behind - self.changing else None, bool(needed)
 
     def _behind(self, tensor: str) -> frozenset[str]:
         """The planned sites that a tensor comes from."""
