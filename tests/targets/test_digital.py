@@ -197,6 +197,17 @@ def test_impossible_settings_are_refused(wrong: dict[str, object], said: str) ->
         dataclasses.replace(CHIP, **wrong)
 
 
+def test_a_width_that_the_table_lacks_is_not_offered() -> None:
+    assert not TABLE.has("float_add", 16)
+    verdict = DigitalAccelerator(TABLE).supports(bs.Float("bfloat16"), linear(1, 8, 8))
+    assert isinstance(verdict, No)
+    assert verdict.reason == f"the energy table {TABLE.name!r} has no float_add at 16 bits"
+    assert DigitalAccelerator(TABLE).supports(bs.Float(), linear(1, 8, 8)) is True
+    halves = (dataclasses.replace(e, bits=16) for e in TABLE.entries if e.operation in ("float_add", "float_multiply"))
+    both = DigitalAccelerator(EnergyTable("both", (*TABLE.entries, *halves)))
+    assert both.supports(bs.Float("bfloat16"), linear(1, 8, 8)) is True
+
+
 def test_a_table_that_lacks_an_operation_is_refused_at_once() -> None:
     bare = EnergyTable("bare", tuple(e for e in TABLE.entries if e.operation != "float_add"))
     with pytest.raises(EnergyTableError, match=r"'bare' lacks float_add"):

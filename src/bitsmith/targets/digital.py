@@ -113,7 +113,13 @@ class DigitalAccelerator(Modelled):
         widths = bits_of(site, technique)
         if widths.floating:
             name = "float32" if widths.activation == 32 else "bfloat16"
-            if self.float_rate or site.kind in FREE or site.macs == 0:
+            if site.kind in FREE:
+                return name
+            needed = () if not self.float_rate else ("float_add",) if site.macs == 0 else FLOATS
+            lacking = [operation for operation in needed if not self._energies.has(operation, widths.activation)]
+            if lacking:
+                return No(f"the energy table {self._energies.name!r} has no {lacking[0]} at {widths.activation} bits")
+            if self.float_rate or site.macs == 0:
                 return name
             return No("this accelerator has no float units: give DigitalAccelerator(float_rate=...)")
         return f"int{max(widths.activation, widths.weight)}"

@@ -171,8 +171,9 @@ class EnergyTable:
 
     # -- questions -----------------------------------------------------------------------------------------------------
 
-    def has(self, operation: str) -> bool:
-        return any(entry.operation == operation for entry in self.entries)
+    def has(self, operation: str, bits: int | None = None) -> bool:
+        """Whether the operation stands there, at ``bits`` where they are given."""
+        return any(entry.operation == operation and bits in (None, entry.bits) for entry in self.entries)
 
     def energy(self, operation: str, bits: int) -> float:
         """pJ of one operation on operands of ``bits``."""
