@@ -12,7 +12,7 @@ from benchmarks.harness import table
 from .._command import spread
 from .cells import NETWORKS, TRAINED, Bed, Cell
 from .forms import FORMS, TRAINED_FORMS, Form
-from .tables import MARKS, SHOWN, Found, plain_ticks
+from .tables import MARKS, SHOWN, Found, front, plain_ticks
 
 OURS = "Bitsmith"
 COLOURS = {OURS: "silver", "coremltools": "tab:blue", "NNCF": "tab:purple", "Neural Compressor": "tab:red"}
@@ -20,13 +20,13 @@ COLOURS = {OURS: "silver", "coremltools": "tab:blue", "NNCF": "tab:purple", "Neu
 
 @dataclass(frozen=True)
 class Point:
-    """One form of one library over its seeds. ``weights``: bytes of weights and biases as it encodes them, no graph;
+    """One form of one library over its seeds. ``bytes``: of weights and biases as it encodes them, no graph;
     ``file``: of what it gives ONNX Runtime, if anything."""
 
     who: str
     label: str
     family: str
-    weights: float
+    bytes: float
     file: int | None
     accuracies: Sequence[float]
 
@@ -59,31 +59,22 @@ def of(cell: Cell) -> Form:
     return (TRAINED_FORMS if cell.route == TRAINED else FORMS)[cell.form]
 
 
-def best(given: Sequence[Point]) -> list[Point]:
-    """Those that nothing of as few bytes is as good as, the smallest first."""
-    found: list[Point] = []
-    for point in sorted(given, key=lambda point: (point.weights, -point.mean)):
-        if not found or point.mean > found[-1].mean:
-            found.append(point)
-    return found
-
-
 def told(given: Sequence[Point], name: str) -> None:
     """All that peers made, and of ours what is on our own front."""
-    ours = best([point for point in given if point.who == OURS])
+    ours = front([point for point in given if point.who == OURS])
     shown = ours + [point for point in given if point.who != OURS]
-    everything = best(given)
+    everything = front(given)
     rows = [
         [
             point.who,
             point.label,
-            f"{point.weights / 1024:.1f}",
+            f"{point.bytes / 1024:.1f}",
             "-" if point.file is None else f"{point.file / 1024:.1f}",
             spread(point.accuracies, percent=True),
             str(len(point.accuracies)),
             "x" if point in everything else "",
         ]
-        for point in sorted(shown, key=lambda point: -point.weights)
+        for point in sorted(shown, key=lambda point: -point.bytes)
     ]
     heads = ["library", "form", "weights and biases, KiB", "ONNX file, KiB", "accuracy, %", "seeds", "front"]
     table(f"{name}: peers, and what is on our own front", heads, rows)
@@ -104,15 +95,15 @@ def plot(given: Mapping[str, Sequence[Point]], path: Path) -> None:
             if point.mean >= floor:
                 ours = point.who == OURS
                 axis.plot(
-                    point.weights / 1024,
+                    point.bytes / 1024,
                     point.mean,
                     MARKS.get(point.family, "P"),
                     color=COLOURS[point.who],
                     markersize=5 if ours else 7,
                     zorder=2 if ours else 3,
                 )
-        line = [point for point in best([one for one in given[name] if one.who == OURS]) if point.mean >= floor]
-        sizes, means = [point.weights / 1024 for point in line], [point.mean for point in line]
+        line = [point for point in front([one for one in given[name] if one.who == OURS]) if point.mean >= floor]
+        sizes, means = [point.bytes / 1024 for point in line], [point.mean for point in line]
         axis.step(sizes, means, where="post", color="grey", zorder=1)
         below = sum(point.mean < floor and point.who != OURS for point in given[name])
         said = name + (f"\n{below} forms of peers are below {floor:.0f} %" if below else "")

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from benchmarks.harness import table
 
@@ -20,6 +20,19 @@ COLOURS = {"float": "black", "integers": "tab:blue", "palettes": "tab:orange", "
 MARKS = {"float": "*", "integers": "s", "palettes": "o", "pruned": "^", "composed": "D"}
 SHOWN = 40.0
 """Points below the float network's accuracy that a panel of the plot reaches."""
+
+
+class Made(Protocol):
+    """What has a size and a mean accuracy."""
+
+    @property
+    def bytes(self) -> float: ...
+
+    @property
+    def mean(self) -> float: ...
+
+
+Sized = TypeVar("Sized", bound=Made)
 
 
 @dataclass(frozen=True)
@@ -63,12 +76,12 @@ def _lines(found: Found) -> Iterator[Line]:
         yield Line(label, family, trained, size["bytes"], size["coded"], accuracies, records[0]["samples"])
 
 
-def front(points: Sequence[Line]) -> list[Line]:
-    """Those that no smaller file or file of equal size is as good as, the smallest first."""
-    best: list[Line] = []
-    for line in sorted(points, key=lambda line: (line.bytes, -line.mean)):
-        if not best or line.mean > best[-1].mean:
-            best.append(line)
+def front(points: Sequence[Sized]) -> list[Sized]:
+    """Those that nothing smaller or of equal size is as good as, the smallest first."""
+    best: list[Sized] = []
+    for point in sorted(points, key=lambda point: (point.bytes, -point.mean)):
+        if not best or point.mean > best[-1].mean:
+            best.append(point)
     return best
 
 

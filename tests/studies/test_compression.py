@@ -119,11 +119,11 @@ def test_peers_stand_beside_ours(tmp_path: Any, capsys: pytest.CaptureFixture[st
         (cells.Cell(name, "half, SparseGPT", "coremltools"), {"error": "RuntimeError: shapes"}),
     ]
     found = beside.points([*ours, *theirs], name, asked.family, lambda cell: 1000.0)
-    assert [(one.who, one.label, one.weights, len(one.accuracies)) for one in found] == [
+    assert [(one.who, one.label, one.bytes, len(one.accuracies)) for one in found] == [
         ("Bitsmith", "int4 weights", 1000.0, 2),
         ("coremltools", "palette of 4 bits", 900.0, 1),
     ]
-    assert beside.best(found) == found[1:]
+    assert tables.front(found) == found[1:]
     beside.told(found, name)
     beside.plot({name: found}, tmp_path / "peers.svg")
     assert "coremltools" in capsys.readouterr().out

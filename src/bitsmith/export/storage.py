@@ -65,7 +65,7 @@ def smallest(weight: Array, rows: int = 1, node: int = ONNX_NODE) -> Form | None
 
 def _forms(weight: Array, rows: int, node: int) -> list[Form]:
     found = []
-    dense = _indexed(weight.reshape(rows, -1))
+    dense = indexed(weight.reshape(rows, -1))
     if dense is not None:
         palettes, bits, index = dense
         nodes = 2 + 4 * len(planes(bits)) + 2 * (rows > 1)
@@ -81,7 +81,7 @@ def _forms(weight: Array, rows: int, node: int) -> list[Form]:
         values = parts[kept]
         mask = math.ceil(kept.size / 8)
         found.append(Form(weight.shape, part, kept, None, 0, None, values, mask + values.nbytes + 9 * node))
-        few = _indexed(values.reshape(1, -1))
+        few = indexed(values.reshape(1, -1))
         if few is not None:
             palettes, bits, index = few
             nodes = 11 + 4 * len(planes(bits))
@@ -90,7 +90,7 @@ def _forms(weight: Array, rows: int, node: int) -> list[Form]:
     return found
 
 
-def _indexed(rows: Array) -> tuple[Array, int, Array] | None:
+def indexed(rows: Array) -> tuple[Array, int, Array] | None:
     """``(palettes, bits, index)`` of rows of few different values; None if some row has more than 256."""
     found = []
     for row in rows:

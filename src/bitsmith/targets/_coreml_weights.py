@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..export.constants import Weight, spread
+from ..export.storage import indexed
 from .base import Array
 
 BLOCK = 64
@@ -119,17 +120,12 @@ def _sized(
 
 def _indexed(rows: Array, version: int) -> tuple[Array, Array, int] | None:
     """Palettes (rows, 2^width), ascending and filled up with their last value, indices and width; None: too many."""
-    found = []
-    for row in rows:
-        if row.size > 4096 and len(np.unique(row[:4096])) > 256:
-            return None
-        found.append(np.unique(row, return_inverse=True))
-    most = max(len(values) for values, _ in found)
-    if most > 256:
+    few = indexed(rows)
+    if few is None:
         return None
-    width = next(bits for bits in WIDTHS[18 if version >= 18 else 16] if 2**bits >= most)
-    palettes = np.stack([np.pad(values, (0, 2**width - len(values)), mode="edge") for values, _ in found])
-    return palettes, np.stack([index.reshape(-1) for _, index in found]).astype(np.uint8), width
+    palettes, bits, index = few
+    width = next(one for one in WIDTHS[18 if version >= 18 else 16] if one >= bits)
+    return np.pad(palettes, ((0, 0), (0, 2**width - palettes.shape[1])), mode="edge"), index, width
 
 
 def _holds_scale(weight: Weight, version: int) -> bool:
